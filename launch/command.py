@@ -1,0 +1,41 @@
+"""How every command ends: an exit code, and for errors one line on stderr."""
+
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from point_jax.data.scenes import SceneError
+from point_jax.training.checkpoint import CheckpointError
+from point_jax.training.config import ConfigError
+from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
+
+FOR_THE_USER = (ConfigError, SceneError, CheckpointError, TrainingStopped)
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | None) -> int:
+    """Runs a command and turns errors into one line on stderr.
+
+    Args:
+        main: takes the command line, the program's name first; returns the exit code.
+        argv: the command line.
+        usage: what `--help` prints.
+
+    Returns:
+        What `main` returned; 0 after `--help`; 1 after an error.
+    """
+    if {"-h", "--help"} & set(argv[1:]):
+        print(usage)
+        return FINISHED
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
+    try:
+        return main(argv)
+    except FOR_THE_USER as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted before there was anything to save"
+    except Exception as error:  # a fault of the program: the way to it helps whoever mends it
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return FAILED

@@ -1,0 +1,1 @@
+"""Scenes: folders on disk, procedural rooms, and the batches that the host ships."""

@@ -1,0 +1,299 @@
+"""The batches that the host ships: scenes of several data sets, mixed, shuffled, cut and padded.
+
+The run is one endless stream of scenes, and everything about position k of it (which scene, where
+it is cut) is a pure function of (seed, k). Batch b is the positions b * global_batch onwards, so
+resuming means starting at batch b: there is no iterator state to save, and process i of n ships
+the i-th part of the same batch that one process would ship alone.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from point_jax.data.rooms import RoomSpec, make_room
+from point_jax.data.scenes import Dataset, Scene, SceneError
+
+_SHUFFLE, _CUT = 0, 1  # what a key derived from the run's seed is for
+
+log = logging.getLogger(__name__)
+
+
+def default_data() -> ConfigDict:
+    """The config section `data`, for a config file to fill in; locked against misspelt keys."""
+    data = ConfigDict()
+    data.scene_points = 180_000  # capacity of a scene on the host; larger ones are cut
+    data.skip_bad = False  # True: a scene that cannot be read becomes an empty one
+    data.sources = ()  # dicts: kind ("folder" or "rooms") and the arguments of that factory below
+    data.threads = 4  # that load scenes
+    data.prefetch = 2  # batches loaded ahead
+    data.cache = 64  # scenes kept in memory: about 4 MB each for 100,000 points
+    data.held_out = ConfigDict({"sources": (), "scenes": 0})  # for pictures; never trained on
+    data.held_out.lock()
+    return data.lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Scenes 0..size-1 of one origin, and how often it is drawn from.
+
+    Attributes:
+        size: number of scenes.
+        load: index -> Scene; raises SceneError for a scene that cannot be used.
+        weight: share of the stream, relative to the other sources' weights.
+    """
+
+    size: int
+    load: Callable[[int], Scene]
+    weight: float = 1.0
+
+
+def folder_source(
+    root: str,
+    splits: Sequence[str] = ("train",),
+    units: str = "",
+    up: str = "",
+    segment: str | None = None,
+    weight: float = 1.0,
+) -> Source:
+    """The scene folders of `root`; see `point_jax.data.scenes.Dataset` for the arguments."""
+    dataset = Dataset(root, splits, units, up, segment or None)
+    return Source(len(dataset), dataset.load, weight)
+
+
+def rooms_source(
+    seeds: tuple[int, int] = (0, 64),
+    spec: Mapping[str, Any] | None = None,
+    weight: float = 1.0,
+) -> Source:
+    """Procedural rooms of seeds[0] <= seed < seeds[1]; `spec` overrides fields of `RoomSpec`."""
+    first, end = seeds
+    if not 0 <= first < end:
+        raise ValueError(f"seeds={seeds!r} of a rooms source: expected (first, end), first < end")
+    room = RoomSpec(**_known(dict(spec or {}), [f.name for f in dataclasses.fields(RoomSpec)]))
+    return Source(end - first, lambda index: make_room(first + index, room), weight)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"folder": folder_source, "rooms": rooms_source}
+
+
+def build_sources(entries: Sequence[Mapping[str, Any]]) -> list[Source]:
+    """Makes the sources that a config lists.
+
+    Args:
+        entries: mappings with `kind` (a key of `SOURCES`) and that factory's arguments.
+
+    Raises:
+        ValueError: for an unknown kind or argument, with the nearest right name.
+        SceneError: for a folder that is missing or lacks metadata.
+    """
+    sources = []
+    for entry in entries:
+        arguments = dict(entry)
+        kind = arguments.pop("kind", None)
+        _known({kind: None}, list(SOURCES))
+        factory = SOURCES[str(kind)]
+        source = factory(**_known(arguments, list(inspect.signature(factory).parameters)))
+        if not source.weight > 0:
+            raise ValueError(f"weight={source.weight} of a {kind} source; expected above 0")
+        sources.append(source)
+    if not sources:
+        raise ValueError("data.sources is empty; list at least one dict(kind=..., ...)")
+    return sources
+
+
+def scene_stream(sources: Sequence[Source], seed: int) -> grain.MapDataset:
+    """Position in the run -> index of a scene among all sources, laid end to end.
+
+    Sources are interleaved evenly by weight (to 1 % of the smallest weight, Grain's rounding);
+    each goes through all its scenes, in a new order, before any of them comes again.
+
+    Args:
+        sources: from `build_sources`.
+        seed: of the run, not negative.
+
+    Returns:
+        A data set without end: `stream[k]` is a pure function of (sources' sizes and weights,
+        seed, k).
+    """
+    parts, first = [], 0
+    for index, source in enumerate(sources):
+        place = _shuffled(source.size, first, (seed, _SHUFFLE, index))
+        parts.append(grain.MapDataset.range(sys.maxsize).map(place))
+        first += source.size
+    return grain.MapDataset.mix(parts, [source.weight for source in sources])
+
+
+def _shuffled(size: int, first: int, seed: tuple[int, ...]) -> Callable[[int], int]:
+    """Position -> first..first+size-1, each once in an epoch, every epoch in an order of its own.
+
+    Grain's own shuffle() needs 2 ms an element for 64 scenes and 24 ms for 3: it walks through
+    2^16 indices to find those below the size. A permutation kept for the epoch is a look-up.
+    """
+
+    @functools.lru_cache(maxsize=2)  # threads read on both sides of an epoch's end
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((*seed, epoch)).permutation(size)
+
+    return lambda position: first + int(order(position // size)[position % size])
+
+
+def cut_scene(coord: np.ndarray, points: int, key: np.random.Generator) -> np.ndarray | None:
+    """Chooses the points nearest one of the points, for a scene that is too large.
+
+    Args:
+        coord: (n, 3) float32.
+        points: how many to keep.
+        key: draws the centre.
+
+    Returns:
+        (n,) bool with `points` set, ties going to the first; None when n <= points.
+    """
+    if len(coord) <= points:
+        return None
+    offset = coord - coord[key.integers(len(coord))]
+    square = offset[:, 0] ** 2 + offset[:, 1] ** 2 + offset[:, 2] ** 2
+    reach = np.partition(square, points - 1)[points - 1]
+    keep = square < reach
+    keep[np.flatnonzero(square == reach)[: points - keep.sum()]] = True
+    return keep
+
+
+def pad_scene(scene: Scene | None, points: int, key: np.random.Generator) -> dict[str, Any]:
+    """One slot of a batch: the scene cut to at most `points` and zero-padded to exactly that.
+
+    Args:
+        scene: None makes an empty slot (count 0).
+        points: capacity P of a slot.
+        key: draws where to cut.
+
+    Returns:
+        coord (P, 3) float32, color (P, 3) uint8, normal (P, 3) float32, count int32, cut float32.
+    """
+    slot: dict[str, Any] = {
+        "coord": np.zeros((points, 3), np.float32),
+        "color": np.zeros((points, 3), np.uint8),
+        "normal": np.zeros((points, 3), np.float32),
+        "count": np.int32(0),
+        "cut": np.float32(0),
+    }
+    if scene is None:
+        return slot
+    keep = cut_scene(scene.coord, points, key)
+    count = min(len(scene.coord), points)
+    for name in ("coord", "color", "normal"):
+        array = getattr(scene, name)
+        if array is not None:
+            slot[name][:count] = array if keep is None else array[keep]
+    return slot | {
+        "count": np.int32(count),
+        "cut": np.float32(1 - count / len(scene.coord)),
+    }
+
+
+def make_batches(
+    data: Any,
+    seed: int,
+    global_batch: int,
+    start_batch: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """This process's part of the global batches start_batch, start_batch + 1, ... without end.
+
+    Args:
+        data: config section as `default_data` makes it.
+        seed: of the run; not negative.
+        global_batch: scenes of one step over all processes.
+        start_batch: number of steps done so far.
+        process_index: which of the processes this is.
+        process_count: how many processes share the batch; must divide it.
+
+    Returns:
+        An iterator (close() ends its threads) of dicts with leading axis B = global_batch /
+        process_count: coord (B, P, 3) float32 metres, color (B, P, 3) uint8, normal (B, P, 3)
+        float32, both zero when missing, count (B,) int32, cut (B,) float32 share of the scene's
+        points that did not fit, scene (B,) int32 index among all sources' scenes. A scene that
+        cannot be used has count 0 with `skip_bad`, else the iterator raises its SceneError.
+
+    Raises:
+        ValueError: for a batch that the processes cannot share, or a wrong source.
+        SceneError: for a data set's folder without what it needs.
+    """
+    if global_batch % process_count:
+        raise ValueError(
+            f"a global batch of {global_batch} scenes cannot be shared by {process_count} "
+            f"processes; make it a multiple"
+        )
+    if data.scene_points < 2:
+        raise ValueError(f"data.scene_points={data.scene_points}; expected at least 2")
+    local = global_batch // process_count
+    sources = build_sources(data.sources)
+    stream = scene_stream(sources, seed)
+    load = functools.lru_cache(maxsize=data.cache)(lambda scene: load_indexed(sources, scene))
+
+    def slot(item: int) -> dict[str, Any]:
+        batch, place = divmod(item, local)
+        position = (start_batch + batch) * global_batch + process_index * local + place
+        index = cast(int, stream[position])
+        try:
+            scene = load(index)
+        except SceneError as error:
+            if not data.skip_bad:
+                raise
+            log.warning("skipped a scene: %s", error)
+            scene = None
+        key = np.random.default_rng((seed, _CUT, position))
+        return pad_scene(scene, data.scene_points, key) | {"scene": np.int32(index)}
+
+    options = grain.ReadOptions(
+        num_threads=data.threads, prefetch_buffer_size=max(1, data.prefetch * local)
+    )
+    items = grain.MapDataset.range(sys.maxsize).map(slot)
+    batches = iter(items.to_iter_dataset(options).batch(local))
+    batches.start_prefetch()  # loads while the step compiles
+    return batches
+
+
+def load_indexed(sources: Sequence[Source], scene: int) -> Scene:
+    """Loads a scene by its index among all sources, laid end to end."""
+    for source in sources:
+        if scene < source.size:
+            return source.load(scene)
+        scene -= source.size
+    raise IndexError(f"scene index beyond the {sum(s.size for s in sources)} scenes there are")
+
+
+def held_out(data: Any) -> list[Scene]:
+    """Scenes for the pictures at the end of a run, never trained on.
+
+    Args:
+        data: config section as `default_data` makes it. Of `held_out.sources` it takes the first
+            scene of each, then the second of each, and so on, until there are `held_out.scenes`.
+
+    Raises:
+        SceneError: for a scene that cannot be used; none is skipped here.
+    """
+    if data.held_out.scenes == 0:
+        return []
+    sources = build_sources(data.held_out.sources)
+    order = sorted((i, s) for s, source in enumerate(sources) for i in range(source.size))
+    return [sources[s].load(i) for i, s in order[: data.held_out.scenes]]
+
+
+def _known(given: dict[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
+    """Returns `given` when all its keys are among `names`."""
+    for key in given:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1)
+            guess = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{key!r} in a data source: {guess}known are {', '.join(names)}")
+    return given

@@ -1,0 +1,1 @@
+"""Integer structure of point sets: curves, voxel grids, hierarchies, patches, neighbours, matching."""

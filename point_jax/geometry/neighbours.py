@@ -1,0 +1,95 @@
+"""Neighbour tables of the 3x3x3 convolution.
+
+The tables come top-down through the octree: the neighbour of a child is a child of a neighbour of its
+parent, so that every entry costs two gathers. Only the coarsest level, which holds a percent of the
+points, is searched (a binary search among its sorted codes).
+"""
+
+import numpy as np
+
+import jax
+import jax.numpy as jnp
+
+from point_jax.geometry.curves import Code, z_code
+
+# The taps in the order of a (3, 3, 3) kernel: tap k reads the voxel at p + OFFSETS[k].
+OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
+TAPS = len(OFFSETS)
+CENTRE = TAPS // 2
+
+_LAST = np.uint32(0xFFFFFFFF)  # sorts after every key
+
+_OCTANTS = np.stack(np.meshgrid(*[np.arange(2)] * 3, indexing="ij"), -1).reshape(-1, 3)
+_STEP = _OCTANTS[:, None] + OFFSETS[None]  # (8, T, 3), in child voxels from the parent's corner
+_PARENT_TAP = ((_STEP >> 1) + 1) @ np.array([9, 3, 1])  # (8, T)
+_CHILD_OCTANT = (_STEP & 1) @ np.array([4, 2, 1])  # (8, T)
+
+
+def octant(grid: jax.Array) -> jax.Array:
+    """Which of its parent's eight children a voxel is: (..., 3) int32 -> (...) int32 in [0, 8)."""
+    return (grid & 1) @ jnp.array([4, 2, 1], jnp.int32)
+
+
+def search_neighbours(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax.Array:
+    """Table of a level whose rows are sorted by (cloud, z-order code), by binary search.
+
+    Args:
+      grid: (N, 3) int32.
+      cloud: (N,) int32.
+      count: () int32, slots in use.
+
+    Returns:
+      (T, N) int32: the first row that holds the voxel at each tap; N for none.
+    """
+    capacity = grid.shape[0]
+    valid = jnp.arange(capacity) < count
+    high, low = sort_key(z_code(grid), cloud, valid)
+    target = grid[None] + jnp.asarray(OFFSETS, jnp.int32)[:, None]  # (T, N, 3)
+    cloud = jnp.broadcast_to(cloud, target.shape[:2])
+    inside = valid[None] & (target >= 0).all(-1) & (target < 1 << 16).all(-1)
+    want_high, want_low = sort_key(z_code(target), cloud, inside)
+
+    def halve(_, bounds):
+        lower, upper = bounds
+        middle = (lower + upper) // 2
+        here_high, here_low = high[middle], low[middle]
+        less = (here_high < want_high) | ((here_high == want_high) & (here_low < want_low))
+        return jnp.where(less, middle + 1, lower), jnp.where(less, upper, middle)
+
+    bounds = jnp.zeros((TAPS, capacity), jnp.int32), jnp.full((TAPS, capacity), count, jnp.int32)
+    row, _ = jax.lax.fori_loop(0, capacity.bit_length(), halve, bounds)
+    row = jnp.minimum(row, capacity - 1)
+    found = inside & (row < count) & (high[row] == want_high) & (low[row] == want_low)
+    return jnp.where(found, row, capacity)
+
+
+def sort_key(code: Code, cloud: jax.Array, valid: jax.Array) -> Code:
+    """A pair that sorts by (cloud, code), everything invalid last. Holds up to 255 clouds."""
+    high, low = code
+    high = high | (cloud.astype(jnp.uint32) << 24)
+    return jnp.where(valid, high, _LAST), jnp.where(valid, low, _LAST)
+
+
+def refine_neighbours(
+    coarse: jax.Array, grid: jax.Array, parent: jax.Array, first: jax.Array
+) -> jax.Array:
+    """Table of a level from the table of the next coarser one.
+
+    Args:
+      coarse: (T, M) int32, the table of the parents; M for none.
+      grid: (N, 3) int32, voxels of this level, sorted by (cloud, z-order code).
+      parent: (N,) int32, row of each voxel's parent; M for none.
+      first: (N,) bool, whether a row is the first of its voxel.
+
+    Returns:
+      (T, N) int32: the first row that holds the voxel at each tap; N for none.
+    """
+    capacity, parents = grid.shape[0], coarse.shape[1]
+    which = octant(grid)
+    child = jnp.full((parents + 1) * 8, capacity, jnp.int32)
+    slot = jnp.where(first & (parent < parents), parent * 8 + which, child.size)
+    child = child.at[slot].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
+    coarse = jnp.pad(coarse, ((0, 0), (0, 1)), constant_values=parents).reshape(-1)
+    tap = jnp.asarray(_PARENT_TAP.T, jnp.int32)[:, which]  # (T, N)
+    uncle = coarse[tap * (parents + 1) + parent[None]]
+    return child[uncle * 8 + jnp.asarray(_CHILD_OCTANT.T, jnp.int32)[:, which]]

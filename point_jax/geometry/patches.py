@@ -1,0 +1,103 @@
+"""Patches: fixed-size runs of K points of an order that attend to one another.
+
+A cloud longer than K is cut into ceil(n / K) patches; its last patch borrows from the one before it
+what it lacks, slot for slot, as the originals do. A cloud of at most K points attends to itself alone,
+so several of them share a patch under a segment mask.
+
+The layout depends only on the clouds' sizes; `PatchLayout` composes it with the orders, so that
+attention gathers straight from a row and back.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PatchLayout:
+    """Where the points of a row sit in the patches, for every order (O) of a level.
+
+    Attributes:
+      slot_point: (O, S) int32, the point in each slot; N where the slot is empty.
+      point_slot: (O, N) int32, the slot that a point owns; S for padding.
+      point_borrowed: (O, N) int32, the slot that borrows the point; S for none.
+      segment: (P, K) int32, the cloud in each slot; -1 where it is empty. The same for every order.
+      used: () int32, patches in use; they come first.
+    """
+
+    slot_point: jax.Array
+    point_slot: jax.Array
+    point_borrowed: jax.Array
+    segment: jax.Array
+    used: jax.Array
+
+
+def patch_shape(capacity: int, clouds: int, patch_size: int) -> tuple[int, int]:
+    """(P, K) that hold any row of `capacity` points in at most `clouds` clouds.
+
+    A row shorter than a patch is one patch of its own length. Otherwise long clouds waste less than a
+    patch each, and of short ones packed in sequence any two neighbouring patches are more than full.
+    """
+    if capacity <= patch_size:
+        return 1, capacity
+    full = capacity // patch_size
+    return min(2 * full + 1, full + clouds), patch_size
+
+
+def build_patches(
+    orders: jax.Array, inverses: jax.Array, cloud: jax.Array, starts: jax.Array, patch_size: int
+) -> PatchLayout:
+    """Lays the points of every order out in patches.
+
+    Args:
+      orders: (O, N) int32, points along each curve, sorted by cloud; padding last.
+      inverses: (O, N) int32, position of each point in each order.
+      cloud: (N,) int32, cloud of each position (the same in every order); G for padding.
+      starts: (G + 1,) int32, where each cloud starts.
+      patch_size: K.
+    """
+    capacity, clouds = cloud.shape[0], starts.shape[0] - 1
+    num_patches, width = patch_shape(capacity, clouds, patch_size)
+    slots = num_patches * width
+    size = jnp.diff(starts)
+    base, used = _place_clouds(size, width)
+
+    position = jnp.arange(capacity, dtype=jnp.int32)
+    valid = cloud < clouds
+    within = position - starts[cloud]  # index in its own cloud
+    base, size = jnp.append(base, 0)[cloud], jnp.append(size, 0)[cloud]
+    own = jnp.where(valid, base + within, slots)
+    rest = size % width
+    lends = valid & (size > width) & (within >= size - width) & (within < size - rest) & (rest > 0)
+    borrowed = jnp.where(lends, own + width, slots)
+
+    slot_position = jnp.full((slots,), capacity, jnp.int32)
+    slot_position = slot_position.at[own].set(position, mode="drop")
+    slot_position = slot_position.at[borrowed].set(position, mode="drop")
+    cloud = jnp.where(valid, cloud, -1)
+    segment = jnp.take(cloud, slot_position, mode="fill", fill_value=-1)
+    return PatchLayout(
+        slot_point=jnp.take(orders, slot_position, axis=1, mode="fill", fill_value=capacity),
+        point_slot=own[inverses],
+        point_borrowed=borrowed[inverses],
+        segment=segment.reshape(num_patches, width),
+        used=used,
+    )
+
+
+def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """First slot of every cloud, and the number of patches used: long clouds first, then short ones."""
+    long = size > width
+    padded = jnp.where(long, -(-size // width) * width, 0)
+    long_base = jnp.cumsum(padded) - padded
+
+    def place(cursor, this):
+        size, long = this
+        size = jnp.where(long, 0, size)
+        cursor = jnp.where(cursor % width + size > width, -(-cursor // width) * width, cursor)
+        return cursor + size, cursor
+
+    end, short_base = jax.lax.scan(place, padded.sum(), (size, long))
+    return jnp.where(long, long_base, short_base), -(-end // width)

@@ -1,0 +1,1 @@
+"""Weights of the PyTorch releases, in and out."""

@@ -1,0 +1,64 @@
+"""Layers with the originals' initialisation and precision."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from point_jax.geometry.hierarchy import Level
+from point_jax.geometry.neighbours import TAPS
+from point_jax.ops.conv import submanifold_conv
+
+_zeros = nnx.initializers.zeros  # kernels get their random values in `functional`
+
+
+def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """Dense layer: float32 parameters, `dtype` arithmetic."""
+    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=_zeros, rngs=rngs)
+
+
+def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with epsilon 1e-5, in float32."""
+    return nnx.LayerNorm(
+        channels, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+    )
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """GELU by the error function, as the originals."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class SubmanifoldConv(nnx.Module):
+    """3x3x3 submanifold convolution with bias over a level's neighbour table."""
+
+    def __init__(self, channels: int, dtype: jnp.dtype):
+        self.kernel = nnx.Param(jnp.zeros((TAPS, channels, channels)))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, level: Level) -> jax.Array:
+        """(N, C) -> (N, C), in `dtype`."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        out = submanifold_conv(x, kernel, level.neighbours, level.voxel, level.count)
+        return out + self.bias[...].astype(self.dtype)[None]
+
+
+class Mlp(nnx.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ):
+        self.fc1 = linear(inputs, hidden, dtype, rngs)
+        self.fc2 = linear(hidden, outputs, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, inputs) -> (N, outputs)."""
+        return self.fc2(gelu(self.fc1(x)))
+
+
+def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int) -> nnx.Module:
+    """`depth` modules of one shape as one whose parameters have a leading axis (depth)."""
+    return nnx.vmap(lambda _: build(nnx.Rngs(0)))(jnp.arange(depth))

@@ -1,0 +1,1 @@
+"""Objectives: what a model learns from. Each is a few pure functions; see `interface`."""

@@ -1,0 +1,65 @@
+"""What the trainer needs of an objective: four pure functions and the names of its metrics.
+
+A step makes rows from scenes, one a scene; then the targets of all rows of the global batch together;
+then differentiates the loss row by row and adds up. A device with several rows loops over them and
+never gets a longer one, so the same global batch gives the same numbers on every layout.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = dict[str, Any]
+Scene = Mapping[str, jax.Array]
+Schedule = Mapping[str, jax.Array]
+Stats = dict[str, Any]
+"""Sums over points, views or rows (any pytree): rows, micro-batches and devices simply add them."""
+
+
+class Targets(NamedTuple):
+    """What the teacher asks for.
+
+    Attributes:
+      rows: any pytree with the leading axis of the rows.
+      shared: any pytree, the same for all rows of the global batch.
+      stats: sums over this device's rows.
+    """
+
+    rows: Any
+    shared: Any
+    stats: Stats
+
+
+class Objective(Protocol):
+    """A training objective with a student and a teacher of the same shape."""
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters of the student."""
+        ...
+
+    def prepare(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Any, Stats]:
+        """One scene as a row: views, structure, masks, matches. Without gradient."""
+        ...
+
+    def targets(
+        self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: str | None
+    ) -> Targets:
+        """Targets for this device's rows (leading axis), with sums across the mesh axis. No gradient."""
+        ...
+
+    def loss(
+        self,
+        student: Params,
+        row: Any,
+        target: Any,
+        shared: Any,
+        key: jax.Array,
+        schedule: Schedule,
+    ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
+        """(sum, (count, stats)) of one row; the loss of a batch is the sum of sums over that of counts."""
+        ...
+
+    def metrics(self, stats: Stats) -> dict[str, jax.Array]:
+        """Scalars from the sums of `prepare`, `targets` and `loss` over the global batch."""
+        ...

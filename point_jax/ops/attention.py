@@ -1,0 +1,85 @@
+"""Attention within patches, under a segment mask, without storing the K x K scores.
+
+The forward pass keeps the output and the log-sum-exp of each query; the backward pass makes the scores
+again (FlashAttention, arXiv:2205.14135). On CPUs one patch and head at a time keeps the scores in the
+cache and the matrix products in their fastest form; patches of padding are never visited.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_NEVER = -1e30  # finite, so that a fully masked row stays free of NaN
+
+
+@jax.custom_vjp
+def patch_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, used: jax.Array
+) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v within each patch, among slots of the same segment.
+
+    Args:
+      q, k, v: (P, H, K, D).
+      segment: (P, K) int32; a slot attends to the slots of its patch with the same number.
+      used: () int32, patches in use; the others give zeros.
+
+    Returns:
+      (P, H, K, D), dtype of v. Scores, softmax and sums are float32.
+    """
+    return _forward(q, k, v, segment, used)[0]
+
+
+def _scores(q, k, segment):
+    """(K, K) float32 scores of one patch and head."""
+    scale = q.shape[-1] ** -0.5
+    scores = jnp.dot(q * scale, k.T, preferred_element_type=jnp.float32)
+    return jnp.where(segment[:, None] == segment[None], scores, _NEVER)
+
+
+def _forward(q, k, v, segment, used):
+    heads = q.shape[1]
+
+    def one(i, carry):
+        out, lse = carry
+        p, h = i // heads, i % heads
+        scores = _scores(q[p, h], k[p, h], segment[p])
+        top = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        mixed = jnp.dot(weights.astype(v.dtype), v[p, h], preferred_element_type=jnp.float32)
+        out = out.at[p, h].set((mixed / total).astype(out.dtype))
+        return out, lse.at[p, h].set((top + jnp.log(total))[:, 0])
+
+    init = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:3], jnp.float32)
+    return jax.lax.fori_loop(0, used * heads, one, init)
+
+
+def _fwd(q, k, v, segment, used):
+    out, lse = _forward(q, k, v, segment, used)
+    return out, (q, k, v, segment, used, out, lse)
+
+
+def _bwd(saved, g):
+    q, k, v, segment, used, out, lse = saved
+    heads, scale = q.shape[1], q.shape[-1] ** -0.5
+    # sum over keys of weight x its gradient, by way of the output
+    drop = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def one(i, grads):
+        dq, dk, dv = grads
+        p, h = i // heads, i % heads
+        weights = jnp.exp(_scores(q[p, h], k[p, h], segment[p]) - lse[p, h][:, None])
+        slope = jnp.dot(g[p, h], v[p, h].T, preferred_element_type=jnp.float32)
+        slope = (weights * (slope - drop[p, h][:, None]) * scale).astype(q.dtype)
+        weights = weights.astype(g.dtype)
+        return (
+            dq.at[p, h].set(jnp.dot(slope, k[p, h])),
+            dk.at[p, h].set(jnp.dot(slope.T, q[p, h])),
+            dv.at[p, h].set(jnp.dot(weights.T, g[p, h])),
+        )
+
+    init = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+    grads = jax.lax.fori_loop(0, used * heads, one, init)
+    return *grads, None, None
+
+
+patch_attention.defvjp(_fwd, _bwd)

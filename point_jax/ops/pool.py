@@ -1,0 +1,87 @@
+"""Reductions over clusters, whose points are contiguous rows.
+
+A cluster of distinct voxels has at most 8 points, one of duplicated voxels more; the loops run as often
+as the largest cluster of the row needs.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def _over_children(body, first_child: jax.Array, init):
+    """Folds `body(j, rows, inside, carry)` over the j-th points of all clusters at once."""
+    start, end = first_child[:-1], first_child[1:]
+
+    def step(j, carry):
+        return body(j, start + j, start + j < end, carry)
+
+    return jax.lax.fori_loop(0, (end - start).max(), step, init)
+
+
+def cluster_sum(x: jax.Array, first_child: jax.Array) -> jax.Array:
+    """Sum over each cluster's points, in their order.
+
+    Args:
+      x: (N, C).
+      first_child: (M + 1,) int32, where each cluster's points start.
+
+    Returns:
+      (M, C), zeros for empty clusters.
+    """
+
+    def add(_, rows, inside, total):
+        return total + jnp.take(x, jnp.where(inside, rows, len(x)), 0, mode="fill", fill_value=0)
+
+    init = jnp.zeros((len(first_child) - 1, x.shape[1]), x.dtype)
+    return _over_children(add, first_child, init)
+
+
+def cluster_mean(x: jax.Array, first_child: jax.Array) -> jax.Array:
+    """Mean over each cluster's points; arguments as for `cluster_sum`."""
+    size = jnp.maximum(jnp.diff(first_child), 1)
+    return cluster_sum(x, first_child) / size[:, None].astype(x.dtype)
+
+
+@jax.custom_vjp
+def cluster_max(x: jax.Array, parent: jax.Array, first_child: jax.Array) -> jax.Array:
+    """Channelwise maximum over each cluster's points; the gradient goes to the first that attains it.
+
+    Args:
+      x: (N, C).
+      parent: (N,) int32, cluster of each point; M for none.
+      first_child: (M + 1,) int32, where each cluster's points start.
+
+    Returns:
+      (M, C), zeros for empty clusters.
+    """
+    return _max_and_where(x, first_child)[0]
+
+
+def _max_and_where(x, first_child):
+    """The maximum (M, C) and which of the cluster's points attains it first (M, C) int32."""
+
+    def compare(j, rows, inside, carry):
+        best, where = carry
+        this = jnp.take(x, jnp.where(inside, rows, 0), axis=0)
+        better = inside[:, None] & ((this > best) | (j == 0))
+        return jnp.where(better, this, best), jnp.where(better, j, where)
+
+    shape = len(first_child) - 1, x.shape[1]
+    init = jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
+    return _over_children(compare, first_child, init)
+
+
+def _cluster_max_fwd(x, parent, first_child):
+    best, where = _max_and_where(x, first_child)
+    return best, (where, parent, first_child)
+
+
+def _cluster_max_bwd(saved, g):
+    where, parent, first_child = saved
+    rank = jnp.arange(len(parent)) - jnp.take(first_child, parent, mode="clip")
+    chosen = jnp.take(where, parent, axis=0, mode="fill", fill_value=-1) == rank[:, None]
+    grad = jnp.where(chosen, jnp.take(g, parent, axis=0, mode="fill", fill_value=0), 0)
+    return grad, None, None
+
+
+cluster_max.defvjp(_cluster_max_fwd, _cluster_max_bwd)

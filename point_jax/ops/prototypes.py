@@ -1,0 +1,174 @@
+"""Losses over prototypes without the (points x prototypes) matrix.
+
+A score is the product of a point's embedding and a prototype's direction. At 4,096 prototypes the
+scores are the largest array of the objective, so blocks of points make theirs when they need them:
+Sinkhorn-Knopp only keeps one scale per prototype, cross-entropy a running log-sum-exp, and the
+gradients are made block by block as well. All in log space and float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 256
+
+
+def _num_blocks(count: jax.Array, size: int) -> jax.Array:
+    return -(-count // size)
+
+
+def _block(array: jax.Array, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Rows of block i, and which of them it is the first to see (the last block overlaps)."""
+    start = jnp.minimum(i * size, len(array) - size)
+    return jax.lax.dynamic_slice_in_dim(array, start, size), start + jnp.arange(size) >= i * size
+
+
+def log_sum_over_points(
+    embedding: jax.Array,
+    directions: jax.Array,
+    log_scale: jax.Array | None,
+    weight: jax.Array,
+    count: jax.Array,
+    temperature: jax.Array,
+) -> jax.Array:
+    """One half-step of Sinkhorn-Knopp: how much weight each prototype receives, as a logarithm.
+
+    Args:
+      embedding: (A, E) float32.
+      directions: (Q, E) float32.
+      log_scale: (Q,) scales of the prototypes, by which each point's assignment is normalised first;
+        None for the raw exponentials of the first half-step.
+      weight: (A,) float32, 1 for points that take part, else 0.
+      count: () int32, points from here on take no part (their blocks are skipped).
+      temperature: () float32.
+
+    Returns:
+      (Q,) float32: log of the sum over points of exp(score / temperature), each point normalised.
+    """
+    size = min(_BLOCK, len(embedding))
+
+    def add(i, total):
+        rows, fresh = _block(embedding, i, size)
+        use = jnp.where(fresh, _block(weight, i, size)[0], 0.0)
+        scores = rows @ directions.T / temperature  # (block, Q)
+        if log_scale is not None:
+            scores -= jax.nn.logsumexp(scores + log_scale[None], axis=1, keepdims=True)
+        scores = jnp.where(use[:, None] > 0, scores, -jnp.inf)
+        return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
+
+    empty = jnp.full(len(directions), -jnp.inf)
+    return jax.lax.fori_loop(0, _num_blocks(count, size), add, empty)
+
+
+class Sums(NamedTuple):
+    """Sums over the points of what tells how the distillation fares; see `prototype_loss`."""
+
+    teacher_entropy: jax.Array  # () nats
+    student_entropy: jax.Array  # () nats
+    teacher_use: jax.Array  # (Q,) probability
+    student_use: jax.Array  # (Q,) probability
+
+
+def prototype_loss(
+    student: jax.Array,
+    student_directions: jax.Array,
+    teacher: jax.Array,
+    teacher_directions: jax.Array,
+    log_scale: jax.Array,
+    weight: jax.Array,
+    count: jax.Array,
+    student_temperature: float,
+    teacher_temperature: jax.Array,
+) -> tuple[jax.Array, Sums]:
+    """Cross-entropy of the student's assignment against the teacher's, point by point.
+
+    The teacher's assignment is softmax(score / temperature + log_scale), what Sinkhorn-Knopp's last
+    normalisation leaves.
+
+    Args:
+      student: (A, E) float32 embeddings; differentiated.
+      student_directions: (Q, E) float32; differentiated.
+      teacher: (A, E) float32 embeddings, one a student's point.
+      teacher_directions: (Q, E) float32.
+      log_scale: (Q,) float32.
+      weight: (A,) float32, 1 for points that take part, else 0.
+      count: () int32, points from here on take no part (their blocks are skipped).
+      student_temperature: of the student's softmax.
+      teacher_temperature: () float32.
+
+    Returns:
+      (A,) float32 losses, 0 where the weight is 0; and `Sums`, without gradient.
+    """
+    blocks = teacher, teacher_directions, log_scale, weight, count, teacher_temperature
+    return _loss(student, student_directions, blocks, student_temperature)
+
+
+def _assignments(student, student_directions, blocks, temperature, i, size):
+    """Weights, log of the student's and of the teacher's assignment for block i: (block, Q) each."""
+    teacher, teacher_directions, log_scale, weight, _, teacher_temperature = blocks
+    use, fresh = _block(weight, i, size)
+    use = jnp.where(fresh, use, 0.0)
+    p = jax.nn.log_softmax(_block(student, i, size)[0] @ student_directions.T / temperature)
+    scores = _block(teacher, i, size)[0] @ teacher_directions.T / teacher_temperature
+    return use, p, jax.nn.log_softmax(scores + log_scale[None])
+
+
+def _forward(student, student_directions, blocks, temperature):
+    size = min(_BLOCK, len(student))
+    prototypes = len(student_directions)
+
+    def add(i, carry):
+        losses, sums = carry
+        use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
+        target, guess = use[:, None] * jnp.exp(t), use[:, None] * jnp.exp(p)
+        # Rows that an earlier block has seen keep what it wrote.
+        start = jnp.minimum(i * size, len(student) - size)
+        loss = -(target * p).sum(1) + jax.lax.dynamic_slice_in_dim(losses, start, size) * (use == 0)
+        sums = Sums(
+            sums.teacher_entropy - (target * t).sum(),
+            sums.student_entropy - (guess * p).sum(),
+            sums.teacher_use + target.sum(0),
+            sums.student_use + guess.sum(0),
+        )
+        return jax.lax.dynamic_update_slice_in_dim(losses, loss, start, axis=0), sums
+
+    zero, none = jnp.zeros(()), jnp.zeros(prototypes)
+    init = jnp.zeros(len(student)), Sums(zero, zero, none, none)
+    return jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+
+
+@jax.custom_vjp
+def _loss(student, student_directions, blocks, temperature):
+    return _forward(student, student_directions, blocks, temperature)
+
+
+def _loss_fwd(student, student_directions, blocks, temperature):
+    out = _forward(student, student_directions, blocks, temperature)
+    return out, (student, student_directions, blocks, temperature)
+
+
+def _loss_bwd(saved, grads):
+    student, student_directions, blocks, temperature = saved
+    slope = grads[0]
+    size = min(_BLOCK, len(student))
+
+    def add(i, carry):
+        grad, grad_directions = carry
+        use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
+        rate = (use * _block(slope, i, size)[0] / temperature)[:, None]
+        score_slope = rate * (jnp.exp(p) - jnp.exp(t))
+        start = jnp.minimum(i * size, len(student) - size)
+        # Rows of weight 0 add nothing, so the overlap of the last block is added to, not written over.
+        before = jax.lax.dynamic_slice_in_dim(grad, start, size)
+        grad = jax.lax.dynamic_update_slice_in_dim(
+            grad, before + score_slope @ student_directions, start, axis=0
+        )
+        return grad, grad_directions + score_slope.T @ _block(student, i, size)[0]
+
+    init = jnp.zeros_like(student), jnp.zeros_like(student_directions)
+    grad, grad_directions = jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+    return grad, grad_directions, None, None
+
+
+_loss.defvjp(_loss_fwd, _loss_bwd)

@@ -1,0 +1,1 @@
+"""Training around an objective: schedules, optimizer, state, checkpoints, metrics and the loop."""

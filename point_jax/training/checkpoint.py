@@ -1,0 +1,232 @@
+"""Checkpoints: the newest states of a run, written by Orbax in the background, atomically.
+
+A step's folder is renamed into place only when it is complete, so a kill leaves at most a
+temporary folder, which the next start removes. Orbax deletes an old step file by file; a kill
+there leaves a folder that lists as a step and cannot be read, which is why `restore` tries the
+next one. Orbax notices missing and cut files but not changed bytes: checksums are ours.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+Tree = Any  # nested dicts of arrays
+FOLDER = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, and why."""
+
+
+class Checkpoints:
+    """The last `keep` states of a run under `<workdir>/checkpoints/<step>`.
+
+    Every process of the run makes one and calls the same methods. `close` it at the end.
+    """
+
+    def __init__(self, workdir: Path, keep: int) -> None:
+        self._manager = ocp.CheckpointManager(
+            (workdir / FOLDER).absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
+        """Starts writing a state; returns when the arrays are copied, so they may be donated.
+
+        Waits for the previous save first.
+
+        Args:
+            step: steps done; not saved before.
+            state: nested dicts of arrays.
+            meta: JSON values to keep beside it.
+
+        Raises:
+            Exception: the previous save failed (disk full, no permission).
+        """
+        sums = {name: int(value) for name, value in checksums(state).items()}
+        content = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            meta=ocp.args.JsonSave({**meta, "step": step, "checksums": sums}),
+        )
+        self._manager.save(step, args=content, force=True)
+
+    def restore(
+        self, template: Tree, say: Callable[[str], object] = print
+    ) -> tuple[Tree, dict[str, Any]] | None:
+        """Reads the newest state that can be read.
+
+        Unreadable newer ones are reported and renamed to `<step>.unreadable`, once an older one
+        has been read.
+
+        Args:
+            template: the state's tree of `jax.ShapeDtypeStruct` with shardings.
+            say: takes the messages.
+
+        Returns:
+            The state and the meta data, or None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints and none can be read, or the newest readable
+                one is of a different model (all missing, extra and misshapen keys are named).
+        """
+        broken = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = Path(self._manager.directory) / str(step)
+            try:
+                state, meta = _read(folder, template)
+            except CheckpointError:
+                raise
+            except Exception as error:  # whatever a damaged file makes the libraries raise
+                text = (str(error).splitlines() or [""])[0][:200]
+                say(f"cannot read checkpoint {folder} ({type(error).__name__}: {text})")
+                broken.append(folder)
+                continue
+            for bad in broken:
+                say(f"going on from step {step}; moved {bad} to {_set_aside(bad)}")
+            if broken:
+                self._manager.reload()
+            return state, meta
+        if broken:
+            raise CheckpointError(
+                f"none of the checkpoints under {self._manager.directory} can be read; to start "
+                "from the beginning, delete that folder or use another --workdir"
+            )
+        return None
+
+    def must_stop(self, step: int) -> bool:
+        """Whether a job of several processes is told to stop; true on all after the same step."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            Exception: a save failed.
+        """
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the background threads."""
+        self._manager.close()
+
+
+def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Reads parts of another run's newest checkpoint, e.g. its `student` and `teacher`.
+
+    Args:
+        source: a workdir, its `checkpoints` folder, or one step's folder.
+        template: part -> tree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+        CheckpointError: no checkpoint there, it cannot be read, or it does not hold exactly the
+            template's keys and shapes (all missing, extra and misshapen keys are named).
+    """
+    folder = _newest(source)
+    try:
+        return _read(folder, dict(template))[0]
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
+
+
+def _newest(source: Path) -> Path:
+    """The folder of the newest checkpoint at `source`, see `load_weights`."""
+    if (source / "state").is_dir():
+        return source.absolute()
+    inner = source / FOLDER if (source / FOLDER).is_dir() else source
+    steps = [entry for entry in inner.iterdir() if entry.name.isdigit()] if inner.is_dir() else []
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {source}: expected a workdir or {FOLDER}/<step>")
+    return max(steps, key=lambda entry: int(entry.name)).absolute()
+
+
+def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
+    """Reads the parts of a checkpoint that the template names, and the meta data."""
+    handler = ocp.PyTreeCheckpointHandler()
+    saved = handler.metadata(epath.Path(folder / "state")).tree
+    _compare(folder, {part: saved.get(part, {}) for part in template}, template)
+    with ocp.Checkpointer(handler) as reader:
+        state = reader.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                item=template,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+                partial_restore=True,
+            ),
+        )
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        meta = reader.restore(folder / "meta", args=ocp.args.JsonRestore())
+    for part, value in checksums(state).items():
+        if int(value) != meta["checksums"][part]:
+            raise ValueError(f"the bytes of '{part}' are not those that were saved")
+    return state, meta
+
+
+def _compare(folder: Path, saved: Tree, template: Tree) -> None:
+    """Raises CheckpointError unless both trees have the same keys, shapes and dtypes."""
+    old, new = dict(_flat(saved)), dict(_flat(template))
+    faults = [f"missing {key}" for key in sorted(new.keys() - old.keys())]
+    faults += [f"extra {key}" for key in sorted(old.keys() - new.keys())]
+    faults += [
+        f"{key} is {old[key]}, expected {new[key]}"
+        for key in sorted(old.keys() & new.keys())
+        if old[key] != new[key]
+    ]
+    if faults:
+        raise CheckpointError(f"{folder} does not fit this model: {'; '.join(faults)}")
+
+
+def _flat(tree: Tree, place: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and "dtype shape" of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", f"{jnp.dtype(value.dtype).name} {tuple(value.shape)}"
+
+
+def _set_aside(folder: Path) -> Path:
+    """Renames a folder that cannot be read (by one process, for all)."""
+    number, target = 1, folder.with_name(f"{folder.name}.unreadable")
+    while target.exists():
+        number, target = number + 1, folder.with_name(f"{folder.name}.unreadable{number}")
+    if jax.process_index() == 0:
+        folder.rename(target)
+    multihost_utils.sync_global_devices(f"set aside {folder.name}")
+    return target
+
+
+@jax.jit
+def checksums(state: Mapping[str, Tree]) -> dict[str, jax.Array]:
+    """One uint32 for each part of a state, computed on the device in one pass over the bits.
+
+    The sum modulo 2^32 of a hash of every element's bits and place: the same in any order of
+    summation; a change of one element always changes it, other changes all but once in 2^32.
+    The hash is the last step of MurmurHash3. Elements have at most 32 bits.
+    """
+
+    def leaf(array: jax.Array) -> jax.Array:
+        width = jnp.dtype(array.dtype).itemsize * 8
+        bits = jax.lax.bitcast_convert_type(array, f"uint{width}").ravel().astype(jnp.uint32)
+        mixed = bits ^ (jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(0x9E3779B9))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+        return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+    def part(tree: Tree) -> jax.Array:
+        total = jnp.zeros((), jnp.uint32)
+        for array in jax.tree.leaves(tree):
+            total = total * jnp.uint32(0x01000193) + leaf(array)
+        return total
+
+    return {name: part(tree) for name, tree in state.items()}

@@ -1,0 +1,262 @@
+"""The config: defaults of the training part, command line, checks, and `config.json`."""
+
+import difflib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+Config = Any  # a ConfigDict; type checkers cannot know what its attributes hold
+
+PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
+
+# Keys that may change when a run is resumed: they change what is written, not what is computed.
+HARMLESS = (
+    *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
+    *("data.threads", "data.prefetch", "data.cache"),
+)
+
+
+class ConfigError(ValueError):
+    """A key or value that the person who started the run has to change."""
+
+
+def default_config() -> ConfigDict:
+    """Defaults of everything that this package reads: Sonata's base recipe.
+
+    A config file starts from this and adds `config.objective` and `config.data`. The sections are
+    locked: assigning a key that does not exist is an error that names the nearest one.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.init_from = ""  # a workdir or checkpoint whose student and teacher a new run starts from
+
+    config.train = train = ConfigDict()
+    train.steps = 200_000
+    train.batch = 96  # scenes per step, over all devices
+    train.log_every = 10
+    train.max_bad_steps = 20  # so many skipped steps in a row end the run
+
+    config.optim = optim = ConfigDict()
+    optim.lr = 0.004
+    optim.lr_decay = 0.9  # from one block of the encoder to the one before it
+    optim.pct_start = 0.05
+    optim.div = 10.0  # the first step's learning rate is lr / div
+    optim.final_div = 1000.0  # the last step's is lr / div / final_div
+    optim.beta1_high = 0.95
+    optim.beta1_low = 0.85
+    optim.beta2 = 0.999
+    optim.eps = 1e-8
+    optim.wd = 0.04
+    optim.wd_final = 0.2
+    optim.clip = 3.0
+
+    config.schedule = schedule = ConfigDict()
+    schedule.warmup = 0.05  # share of the steps; of mask_size, mask_ratio, teacher_temp
+    schedule.mask_size = (0.1, 0.4)  # metres
+    schedule.mask_ratio = (0.3, 0.7)
+    schedule.teacher_temp = (0.04, 0.07)
+    schedule.momentum = (0.994, 1.0)
+
+    config.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 1000
+    checkpoint.keep = 2
+
+    for section in (train, optim, schedule, checkpoint):
+        section.lock()
+    return config
+
+
+def parse_command_line(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """Reads `--config=FILE.py[:ARG] --workdir=DIR [--config.some.key=VALUE ...]`.
+
+    Args:
+        argv: the command line, the program's name first.
+
+    Returns:
+        The locked config with the overrides applied, and the workdir.
+
+    Raises:
+        ConfigError: a flag or key that does not exist (with the nearest name), a value of the
+            wrong type, a config file that is missing or fails.
+    """
+    overrides = [arg for arg in argv[1:] if re.match(r"--?(no)?config\.", arg)]
+    plain = [arg for arg in argv if arg not in overrides]
+    config = _parse_flags(plain)[0]
+    for override in overrides:
+        _check_key(override, config)
+    config, workdir = _parse_flags(argv)
+    return config, workdir
+
+
+def _parse_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    argv = list(argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "the config file", flag_values=values, sys_argv=argv
+    )
+    workdir = flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        config = holder.value
+        if config is None:
+            raise ConfigError("--config=FILE.py is missing")
+        if not isinstance(config, ConfigDict):
+            hasattr(config, "seed")  # stands for a file that could not be opened: it says so now
+            raise ConfigError(f"get_config() gave a {type(config).__name__}, expected a ConfigDict")
+    except (flags.Error, OSError, ImportError, SyntaxError, NameError, AttributeError) as error:
+        raise ConfigError(_readable(error)) from error
+    if rest:
+        raise ConfigError(f"not a flag: {' '.join(rest)} (write --config.key=VALUE)")
+    if not workdir.value:
+        raise ConfigError("--workdir=DIR is missing: where the run's files go")
+    return config, workdir.value
+
+
+def _readable(error: Exception) -> str:
+    """The last line that says what went wrong; ml_collections wraps whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _check_key(override: str, config: ConfigDict) -> None:
+    """Raises ConfigError where `--config.a.b=value` names no key of the config."""
+    path = re.sub(r"^--?(no)?config\.", "", override.split("=", 1)[0])
+    place, node = "config", cast(Any, config)
+    for key in path.split("."):
+        if not isinstance(node, ConfigDict):
+            raise ConfigError(f"no key '{key}' in {place}: {place} is a {type(node).__name__}")
+        if key not in node:
+            near = difflib.get_close_matches(key, list(node), 1, 0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(sorted(node))}"
+            raise ConfigError(f"no key '{key}' in {place}; {hint}")
+        place, node = f"{place}.{key}", node[key]
+    if isinstance(node, ConfigDict):
+        raise ConfigError(f"{place} is a section, not a value; it has: {', '.join(sorted(node))}")
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks the sections that this package reads.
+
+    Raises:
+        ConfigError: a key is missing, unknown (with the nearest name), or its value is of the
+            wrong type or out of range.
+    """
+    wanted = default_config()
+    for place, default in _leaves(wanted.to_dict()):
+        section, _, key = place.rpartition(".")
+        node = cast(Any, config)
+        for part in filter(None, section.split(".")):
+            node = node.get(part, ConfigDict())
+        if key not in node:
+            raise ConfigError(f"config.{place} is missing; its default is {default!r}")
+        if type(node[key]) is not type(default):
+            raise ConfigError(
+                f"config.{place} is {node[key]!r}, expected a {type(default).__name__}"
+                f" such as {default!r}"
+            )
+    for name, section in wanted.items():
+        if isinstance(section, ConfigDict):
+            for key in cast(ConfigDict, config[name]):
+                _check_key(f"--config.{name}.{key}", wanted)
+
+    positive = ["train.steps", "train.batch", "train.log_every", "train.max_bad_steps"]
+    positive += ["checkpoint.every", "checkpoint.keep", "optim.lr", "optim.lr_decay", "optim.div"]
+    positive += ["optim.final_div", "optim.eps", "optim.clip"]
+    shares = ["optim.pct_start", "optim.beta1_high", "optim.beta1_low", "optim.beta2"]
+    shares += ["schedule.warmup"]
+    for place, value in _leaves(config.to_dict()):
+        if place in positive and not value > 0:
+            raise ConfigError(f"config.{place} is {value}, expected more than 0")
+        if place in shares and not 0 <= value <= 1:
+            raise ConfigError(f"config.{place} is {value}, expected a number from 0 to 1")
+        if place.startswith("schedule.") and place not in shares and len(value) != 2:
+            raise ConfigError(f"config.{place} is {value}, expected (first, last)")
+
+
+def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested dict with their dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config and the package versions as JSON values.
+
+    Raises:
+        ConfigError: a value has no JSON form.
+    """
+    content = {"config": config.to_dict(), "versions": package_versions()}
+    try:
+        return json.loads(json.dumps(content, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the config cannot be written as JSON: {error}") from error
+
+
+def settle_config(config: ConfigDict, workdir: Path) -> list[str]:
+    """Writes `config.json`, or compares the config with the one the workdir was started with.
+
+    Returns:
+        Remarks for the person who resumes the run: changed package versions, harmless keys.
+
+    Raises:
+        ConfigError: keys that decide what the run computes differ; all are named.
+    """
+    file, new = workdir / "config.json", resolved(config)
+    remarks = []
+    if file.exists():
+        try:
+            old = json.loads(file.read_text())
+            before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
+        changed = {
+            key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key, "absent") != after.get(key, "absent")
+        }
+        grave = [text for key, text in changed.items() if key not in HARMLESS]
+        if grave:
+            raise ConfigError(
+                f"{workdir} was started with another config ({'; '.join(grave)}); go on with the "
+                f"same values, or start in a new --workdir with --config.init_from={workdir}"
+            )
+        remarks += [f"config changed, {text}" for text in changed.values()]
+        for name, version in new["versions"].items():
+            if (was := old.get("versions", {}).get(name)) != version:
+                remarks.append(f"{name} was {was}, is {version}: results may differ in last bits")
+        if not remarks:
+            return []
+    write_atomically(file, json.dumps(new, indent=2, sort_keys=True) + "\n")
+    return remarks
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replaces a file's content; a kill at any moment leaves all of the old or all of the new."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)

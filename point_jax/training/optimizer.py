@@ -1,0 +1,115 @@
+"""AdamW by PyTorch's rule on plain trees: layer-wise learning rates, clipping, the teacher's mean.
+
+Written out instead of chained from optax because beta1 changes every step here and PyTorch
+corrects the bias with the current beta1, in float64: `1 - 0.999 ** 1` in float32 is off by 1e-5.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+Tree = Any  # nested dicts of arrays
+
+
+def layer_scales(params: Tree, decay: float) -> Tree:
+    """Learning-rate factors of every parameter: layer-wise decay over the encoder's blocks.
+
+    Block b of encoder stage e, with `depth[s]` blocks in stage s, gets
+    `decay ** (sum(depth) - sum(depth[:e]) - b - 1)`: 1 for the last block, less for earlier ones.
+    Everything else (embedding, pooling, decoder, heads) gets 1, as in the original's recipe.
+
+    Args:
+        params: the student's parameters. The blocks of a stage are stacked along the leading axis
+            of the leaves under `params["backbone"]["enc"]["stage{e}"]["blocks"]`.
+        decay: factor from one block to the one before it; 0.9 in Sonata.
+
+    Returns:
+        A tree like `params` of float32 NumPy arrays that broadcast against the leaves without
+        changing their rank: (depth, 1, ...) for stacked blocks, (1, 1, ...) elsewhere.
+    """
+    scales = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, np.float32), params)
+    stages = params.get("backbone", {}).get("enc", {})
+    depths = []
+    while "blocks" in stages.get(f"stage{len(depths)}", {}):
+        leaves = jax.tree.leaves(stages[f"stage{len(depths)}"]["blocks"])
+        depths.append(leaves[0].shape[0])
+    for stage, depth in enumerate(depths):
+        exponents = sum(depths) - sum(depths[:stage]) - np.arange(depth) - 1
+        factors = (np.float64(decay) ** exponents).astype(np.float32)
+        scales["backbone"]["enc"][f"stage{stage}"]["blocks"] = jax.tree.map(
+            lambda leaf, factors=factors: factors.reshape((-1,) + (1,) * (leaf.ndim - 1)),
+            stages[f"stage{stage}"]["blocks"],
+        )
+    return scales
+
+
+def clip_by_global_norm(grads: Tree, limit: float) -> tuple[Tree, jax.Array]:
+    """PyTorch's `clip_grad_norm_`: all gradients times min(1, limit / (norm + 1e-6)).
+
+    Returns:
+        The scaled gradients and the norm before scaling; the norm is not finite exactly when some
+        gradient is not (or the sum of squares overflows).
+    """
+    norm = optax.tree.norm(grads)
+    factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+    return jax.tree.map(lambda grad: grad * factor, grads), norm
+
+
+def adamw(
+    params: Tree,
+    grads: Tree,
+    mu: Tree,
+    nu: Tree,
+    *,
+    count: ArrayLike,
+    lr: ArrayLike,
+    beta1: ArrayLike,
+    wd: ArrayLike,
+    scales: Tree,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> tuple[Tree, Tree, Tree]:
+    """One AdamW update (arXiv:1711.05101) by the rule of `torch.optim.AdamW`.
+
+    `p <- p (1 - lr wd)`, then `p <- p - lr / (1 - beta1^t) * mu / (sqrt(nu / (1 - beta2^t)) + eps)`
+    with `t = count`. The weight decay reaches every parameter, norms and biases too, as in the
+    original's recipe.
+
+    Args:
+        params, grads, mu, nu: trees of the same structure, float32.
+        count: number of this update, from 1; skipped steps do not count.
+        lr: learning rate, times `scales` for each leaf.
+        beta1: this step's; the bias correction takes the current value to the power of `count`.
+        wd: this step's weight decay; scaled by the leaf's learning rate.
+        scales: factors from `layer_scales`.
+        beta2, eps: constants, Python floats.
+
+    Returns:
+        The new params, mu and nu.
+    """
+    count, lr, beta1 = jnp.asarray(count), jnp.asarray(lr), jnp.asarray(beta1)
+    correction1 = -jnp.expm1(count * jnp.log(beta1))
+    correction2 = -jnp.expm1(count * math.log(beta2))
+
+    mu = jax.tree.map(lambda m, g: m + (1.0 - beta1) * (g - m), mu, grads)
+    nu = jax.tree.map(lambda v, g: beta2 * v + (1.0 - beta2) * (g * g), nu, grads)
+
+    def update(p: jax.Array, m: jax.Array, v: jax.Array, scale: np.ndarray) -> jax.Array:
+        rate = lr * scale
+        step = m / (jnp.sqrt(v / correction2) + eps)
+        return p * (1.0 - rate * wd) - (rate / correction1) * step
+
+    return jax.tree.map(update, params, mu, nu, scales), mu, nu
+
+
+def move_teacher(teacher: Tree, student: Tree, momentum: ArrayLike) -> Tree:
+    """The teacher's moving average: momentum * teacher + (1 - momentum) * student.
+
+    Written as a step towards the student, so that equal values stay exactly as they are.
+    """
+    return jax.tree.map(lambda t, s: t + (1.0 - momentum) * (s - t), teacher, student)

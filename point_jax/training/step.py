@@ -1,0 +1,112 @@
+"""The training step: one jitted `shard_map` from scenes to new parameters.
+
+Each device makes the rows of its scenes, the teacher's targets are settled across devices (Sinkhorn's
+sums), the loss is differentiated row by row, and one sum over the mesh joins gradients and statistics.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from point_jax.objectives.interface import Objective
+from point_jax.training.optimizer import adamw, clip_by_global_norm, layer_scales, move_teacher
+from point_jax.training.state import State
+
+AXIS = "data"
+
+
+def make_train_step(objective: Objective, config: ConfigDict, mesh: Mesh):
+    """The step function of a run.
+
+    Args:
+      objective: what to learn.
+      config: read are `seed` and `optim` (lr_decay, clip, beta2, eps).
+      mesh: one axis, `data`.
+
+    Returns:
+      `step(state, batch, schedule) -> (state, metrics)`, jitted; the state is donated. `batch` has a
+      leading axis of the scenes of all devices, `schedule` float32 scalars, `metrics` are () float32. A
+      step whose loss or gradient is not finite changes nothing but the counters.
+    """
+    optim = config.optim.copy_and_resolve_references()
+    run_key = jax.random.key(config.seed)
+
+    def gradients(student, teacher, batch, key, schedule):
+        """Gradient of the mean loss over the global batch, and sums for the metrics."""
+        scenes = batch["count"].shape[0]
+        slot = jax.lax.axis_index(AXIS) * scenes + jnp.arange(scenes)
+        scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), slot)
+        pass_key = jax.random.fold_in(key, 1)
+
+        def prepare(this):
+            return objective.prepare(this[0], this[1], schedule)
+
+        rows, stats = jax.lax.map(prepare, (batch, scene_keys))
+        stats = jax.tree.map(lambda x: x.sum(0), stats)
+        targets = objective.targets(teacher, rows, pass_key, schedule, AXIS)
+
+        def add_row(total, this):
+            row, target = this
+            (_, (count, stats)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
+                student, row, target, targets.shared, pass_key, schedule
+            )
+            return jax.tree.map(jnp.add, total, (grads, count, stats)), None
+
+        first = jax.tree.map(lambda x: x[0], (rows, targets.rows))
+        shapes = jax.eval_shape(
+            lambda: objective.loss(student, *first, targets.shared, pass_key, schedule)[1]
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, *shapes))
+        (grads, count, loss_stats), _ = jax.lax.scan(add_row, zeros, (rows, targets.rows))
+
+        sums = (grads, count, {**stats, **targets.stats, **loss_stats})
+        grads, count, stats = jax.lax.psum(sums, AXIS)
+        return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads), stats
+
+    sharded = jax.shard_map(
+        gradients, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(), P()), out_specs=P(), check_vma=False
+    )
+
+    def step(state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array]):
+        key = jax.random.fold_in(run_key, state["step"])
+        grads, stats = sharded(state["student"], state["teacher"], batch, key, schedule)
+        metrics = objective.metrics(stats)
+        clipped, norm = clip_by_global_norm(grads, optim.clip)
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        bad = state["bad_steps"]
+        student, mu, nu = adamw(
+            state["student"],
+            clipped,
+            state["mu"],
+            state["nu"],
+            count=state["step"] - bad["total"] + 1,
+            lr=schedule["lr"],
+            beta1=schedule["beta1"],
+            wd=schedule["wd"],
+            scales=layer_scales(state["student"], optim.lr_decay),
+            beta2=optim.beta2,
+            eps=optim.eps,
+        )
+        teacher = move_teacher(state["teacher"], student, schedule["momentum"])
+        new = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, {k: state[k] for k in new})
+        failed = jnp.where(good, 0, 1).astype(jnp.int32)
+        new["step"] = state["step"] + 1
+        new["bad_steps"] = {
+            "total": bad["total"] + failed,
+            "in_a_row": jnp.where(good, 0, bad["in_a_row"] + 1).astype(jnp.int32),
+        }
+        metrics["grad_norm"] = norm
+        metrics["update_norm"] = optax.tree.norm(
+            jax.tree.map(jnp.subtract, student, state["student"])
+        )
+        metrics["bad_steps"] = new["bad_steps"]["total"].astype(jnp.float32)
+        metrics["bad_steps_in_a_row"] = new["bad_steps"]["in_a_row"].astype(jnp.float32)
+        return new, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
+
+    return jax.jit(step, donate_argnums=0)

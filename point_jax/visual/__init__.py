@@ -1,0 +1,1 @@
+"""Pictures: PCA colours of point features, rendered scenes, curves of a run."""

@@ -1,0 +1,166 @@
+"""Voxels, orders, patches, clusters and neighbours of every level."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import build_hierarchy_jit, clouds_of, level_key, load, make_row, voxel_key
+
+from point_jax.geometry.hierarchy import HierarchySpec, sort_row
+from point_jax.geometry.neighbours import CENTRE, OFFSETS
+
+GOLDEN = ["b1_ptv3m2_enc_noflash", "b3_ptv3m2_enc_varlen", "c3_ptv3m2_encdec_varlen"]
+
+
+def golden_row(arrays, config):
+    depths = np.stack([arrays[f"enc{s}.serialized_depth"] for s in range(5)])
+    cloud = clouds_of(arrays["in.offset"])
+    return make_row(arrays["in.grid_coord"], cloud, config, depths, (1536, 1300, 850, 500, 300))
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_levels_equal_the_originals(name):
+    arrays, about = load(name)
+    row = golden_row(arrays, about["config"])
+    for s, level in enumerate(row.hierarchy):
+        cloud = clouds_of(arrays[f"enc{s}.offset"])
+        want = voxel_key(cloud, arrays[f"enc{s}.grid_coord"])
+        assert int(level.overflow) == 0 and int(level.count) == len(want)
+        key = level_key(level)
+        for o in range(4):  # the points along every curve
+            along = np.asarray(level.orders[o])[: len(want)]
+            np.testing.assert_array_equal(key[along], want[arrays[f"enc{s}.serialized_order"][o]])
+        if s:  # every finer point falls into the same cluster
+            parent = np.asarray(row.hierarchy[s - 1].parent)[: int(row.hierarchy[s - 1].count)]
+            fine = voxel_key(
+                clouds_of(arrays[f"enc{s - 1}.offset"]), arrays[f"enc{s - 1}.grid_coord"]
+            )
+            by_key = dict(zip(fine, want[arrays[f"enc{s}.pooling_inverse"]], strict=True))
+            np.testing.assert_array_equal(
+                key[parent], [by_key[k] for k in level_key(row.hierarchy[s - 1])]
+            )
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_patches_hold_the_same_points_in_the_same_slots_as_the_originals(name):
+    arrays, about = load(name)
+    row = golden_row(arrays, about["config"])
+    for s, level in enumerate(row.hierarchy):
+        key, layout = level_key(level), level.patches[64]
+        want_key = voxel_key(clouds_of(arrays[f"enc{s}.offset"]), arrays[f"enc{s}.grid_coord"])
+        segment = np.asarray(layout.segment)
+        for o in range(4):
+            want_slots = want_key[arrays[f"enc{s}.serialized_order"][o][arrays[f"enc{s}.pad"]]]
+            want = {tuple(w) for w in np.split(want_slots, arrays[f"enc{s}.cu_seqlens_key"][1:-1])}
+            slot_point = np.asarray(layout.slot_point[o]).reshape(segment.shape)
+            got = {
+                tuple(key[slot_point[p][segment[p] == c]])
+                for p in range(int(layout.used))
+                for c in np.unique(segment[p][segment[p] >= 0])
+            }
+            assert got == want
+            # and every point is read back from a slot that it owns
+            slot = np.asarray(layout.point_slot[o])[: len(key)]
+            np.testing.assert_array_equal(slot_point.reshape(-1)[slot], np.arange(len(key)))
+            borrowed = np.asarray(layout.point_borrowed[o])[: len(key)]
+            lent = borrowed < segment.size
+            np.testing.assert_array_equal(slot_point.reshape(-1)[borrowed[lent]], np.flatnonzero(lent))
+            owned = np.concatenate([slot, borrowed[lent]])
+            assert len(np.unique(owned)) == len(owned) == (segment >= 0).sum()
+
+
+SPEC = HierarchySpec(
+    capacities=(512, 400, 300), clouds=5, patch_sizes=((48,), (48,), (48, 16)), curves=("z", "hilbert")
+)
+
+
+def random_row(seed, duplicates, spec=SPEC):
+    """Surfaces of random clouds of 0 to 200 points, two of them tiny."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.permutation([1, 3, 200, 120, 0])
+    cloud = np.repeat(np.arange(5), sizes).astype(np.int32)
+    grid = rng.integers(0, rng.integers(4, 60), (len(cloud), 3)).astype(np.int32)
+    grid[:, 2] = (grid[:, 0] + grid[:, 1]) // 3
+    if not duplicates:
+        _, keep = np.unique(voxel_key(cloud, grid), return_index=True)
+        cloud, grid = cloud[keep], grid[keep]
+    order, count, overflow = sort_row(
+        jnp.asarray(grid), jnp.asarray(cloud), jnp.ones(len(cloud), bool), spec.capacities[0]
+    )
+    at = jnp.minimum(order, len(cloud) - 1)
+    assert int(overflow) == max(0, len(cloud) - spec.capacities[0])
+    return build_hierarchy_jit(jnp.asarray(grid)[at], jnp.asarray(cloud)[at], count, spec=spec)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_neighbours_are_the_first_rows_of_the_voxels_around(seed, duplicates):
+    for level in random_row(seed, duplicates):
+        used = int(level.count)
+        grid, cloud = np.asarray(level.grid)[:used], np.asarray(level.cloud)[:used]
+        first_row = {}
+        for i in range(used):
+            first_row.setdefault((cloud[i], *grid[i]), i)
+        representative = [first_row[(cloud[i], *grid[i])] for i in range(used)]
+        np.testing.assert_array_equal(np.asarray(level.voxel)[:used], representative)
+        for tap, offset in enumerate(OFFSETS):
+            want = [
+                i if tap == CENTRE else first_row.get((cloud[i], *(grid[i] + offset)), len(level.cloud))
+                for i in range(used)
+            ]
+            np.testing.assert_array_equal(np.asarray(level.neighbours[tap])[:used], want)
+        assert (np.asarray(level.neighbours)[:, used:] == len(level.cloud)).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_children_of_a_cluster_are_contiguous(seed):
+    hierarchy = random_row(seed, duplicates=True)
+    for fine, coarse in zip(hierarchy, hierarchy[1:], strict=False):
+        bounds, parent = np.asarray(coarse.first_child), np.asarray(fine.parent)
+        for j in range(int(coarse.count)):
+            np.testing.assert_array_equal(np.flatnonzero(parent == j), range(bounds[j], bounds[j + 1]))
+            children = slice(bounds[j], bounds[j + 1])
+            assert (np.asarray(fine.grid)[children] >> 1 == np.asarray(coarse.grid)[j]).all()
+            assert (np.asarray(fine.cloud)[children] == np.asarray(coarse.cloud)[j]).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_orders_are_permutations_that_keep_clouds_together(seed):
+    for level in random_row(seed, duplicates=True):
+        for order in np.asarray(level.orders):
+            np.testing.assert_array_equal(np.sort(order), np.arange(len(order)))
+            np.testing.assert_array_equal(np.asarray(level.cloud)[order], np.asarray(level.cloud))
+
+
+def test_orders_by_appearance_equal_sorted_ones_where_the_depth_falls():
+    """Every level of a cloud built alone at its own depth has the same orders, sorted anew."""
+    hierarchy = random_row(1, duplicates=False)
+    for index, level in enumerate(hierarchy[1:], start=1):
+        spec = HierarchySpec(SPEC.capacities[index:], 5, SPEC.patch_sizes[index:], SPEC.curves)
+        alone = build_hierarchy_jit(level.grid, level.cloud, level.count, spec=spec)
+        np.testing.assert_array_equal(alone[0].orders, level.orders)
+
+
+def test_overflow_is_counted_and_what_fits_is_kept():
+    tight = HierarchySpec((300, 100, 20), 5, ((48,), (48,), (48,)), ("z", "hilbert"))
+    full, cut = random_row(2, False), random_row(2, False, tight)
+    missing = [int(level.overflow) for level in cut]
+    assert missing[1] > 0 and missing[2] > 0
+    assert int(cut[1].count) == 100
+    kept = np.asarray(cut[1].grid)
+    np.testing.assert_array_equal(kept, np.asarray(full[1].grid)[:100])
+    assert (np.asarray(cut[0].parent)[np.asarray(full[0].parent)[:300] >= 100] == 100).all()
+
+
+def test_a_row_of_clouds_longer_than_a_patch_borrows_and_short_ones_share():
+    level = random_row(0, duplicates=False)[0]
+    layout = level.patches[48]
+    sizes = np.diff(np.asarray(level.starts))
+    long = sizes > 48
+    assert int(layout.used) < sum(-(-sizes[long] // 48)) + (~long & (sizes > 0)).sum()
+    for p in np.asarray(layout.segment)[: sum(-(-sizes[long] // 48))]:
+        assert len(set(p)) == 1  # full
+
+
+def test_a_spec_with_too_many_clouds_says_so():
+    with pytest.raises(ValueError, match="1 to 255 clouds, got clouds=256"):
+        HierarchySpec((8,), 256, ((8,),))

@@ -1,0 +1,276 @@
+"""The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import toy_run
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from point_jax.training.checkpoint import CheckpointError
+from point_jax.training.config import ConfigError
+from point_jax.training.loop import TrainingStopped
+from point_jax.training.mesh import check_batch
+from point_jax.training.metrics import finished, read_metrics
+
+
+def config(**changes: object) -> ConfigDict:
+    """The toy's config; `a__b=1` sets `a.b`."""
+    result = toy_run.get_config()
+    result.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return result
+
+
+def run(workdir, **changes):
+    return toy_run.run(config(**changes), workdir)
+
+
+def start(workdir, *arguments):
+    """The same in a process of its own."""
+    command = [sys.executable, toy_run.__file__, f"--config={toy_run.__file__}"]
+    return subprocess.Popen(
+        [*command, f"--workdir={workdir}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(workdir, step, process):
+    while (lines := read_metrics(workdir) if Path(workdir).exists() else []) is not None:
+        if lines and lines[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def digest(workdir):
+    done = finished(workdir)
+    assert done is not None
+    return done["params_digest"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A finished run of 12 steps; do not change it."""
+    workdir = tmp_path_factory.mktemp("unbroken")
+    assert run(workdir) == 0
+    return workdir
+
+
+def test_a_run_leaves_what_was_promised(unbroken):
+    lines = read_metrics(unbroken)
+    assert [line["step"] for line in lines] == [*range(1, 13), 12]
+    assert set(lines[-1]) == {"event", "step", "params_digest"}
+    assert {p.name for p in (unbroken / "checkpoints").iterdir()} == {"8", "12"}
+    assert (unbroken / "config.json").exists()
+    assert list((unbroken / "tensorboard").iterdir())
+    for line in lines[:-1]:
+        assert {"loss", "lr", "wd", "momentum", "mask_size", "points_per_second"} <= set(line)
+        assert 0 <= line["data_wait"] <= 1
+        assert line["step_seconds"] > 0
+
+
+def test_a_finished_run_prints_its_result_and_changes_nothing(unbroken, capsys):
+    before = {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.name != ".lock"}
+    assert run(unbroken) == 0
+    assert f"sha256 {digest(unbroken)}" in (out := capsys.readouterr().out)
+    assert str(unbroken / "checkpoints" / "12") in out
+    assert before == {p: p.stat().st_mtime_ns for p in unbroken.rglob("*") if p.name != ".lock"}
+
+
+def test_log_every_keeps_the_first_and_the_last_step(tmp_path):
+    run(tmp_path, train__log_every=5, checkpoint__every=100)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 5, 10, 12, 12]
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    run(tmp_path, seed=1)
+    assert digest(tmp_path) != digest(unbroken)
+
+
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(tmp_path):
+    """Saves at every step and keeps one: most moments are in the middle of a save or deletion."""
+    changes = {"train.steps": 40, "checkpoint.every": 1, "checkpoint.keep": 1, "data.seconds": 0.01}
+    arguments = [f"--config.{key}={value}" for key, value in changes.items()]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(whole, **changes) == 0
+    for step in (3, 20):
+        process = start(killed, *arguments)
+        wait_for_step(killed, step, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    process = start(killed, *arguments)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert "going on after step" in out
+    assert digest(killed) == digest(whole)
+    losses = [[line.get("loss") for line in read_metrics(folder)] for folder in (killed, whole)]
+    assert losses[0] == losses[1]
+    assert [line["step"] for line in read_metrics(killed)] == [*range(1, 41), 40]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(tmp_path, number, code, unbroken, capsys, monkeypatch):
+    """Inside this process: the signal comes while the 6th batch is loaded."""
+    original = toy_run.make_batches
+
+    def make_batches(data, seed, scenes, begin, *processes):
+        for batch in original(data, seed, scenes, begin, *processes):
+            if begin == 5:
+                os.kill(os.getpid(), number)
+            begin += 1
+            yield batch
+
+    monkeypatch.setattr(toy_run, "make_batches", make_batches)
+    handler = signal.getsignal(number)
+    assert run(tmp_path, checkpoint__every=100) == code
+    assert signal.getsignal(number) is handler
+    assert f"stopped by {number.name} after step 6 of 12, saved" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    monkeypatch.undo()
+    assert run(tmp_path, checkpoint__every=100) == 0
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def test_a_kill_before_the_first_save_starts_over(unbroken, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n{"step": 2')
+    assert run(tmp_path) == 0
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 13), 12]
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def test_a_kill_between_the_last_save_and_the_last_line_only_needs_the_end(unbroken, tmp_path):
+    run(tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:-1]))
+    assert finished(tmp_path) is None
+    assert run(tmp_path) == 0
+    assert digest(tmp_path) == digest(unbroken)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 13), 12]
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    assert run(tmp_path, data__nan=(4, 6)) == 0
+    lines = read_metrics(tmp_path)[:-1]
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert [line["loss"] is None for line in lines] == [i in (4, 5) for i in range(12)]
+    assert lines[4]["nonfinite"]["loss"] == "nan"
+    assert np.isfinite([line["loss"] for line in lines[6:]]).all()
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path):
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row up to step 8 had a loss"):
+        run(tmp_path, data__nan=(5, 12), train__log_every=100)
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 6, 7, 8]  # bad ones are always logged
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_another_runs_weights(unbroken, tmp_path, capsys):
+    assert (
+        run(tmp_path, init_from=str(unbroken), optim__lr=1e-12, schedule__momentum=(1.0, 1.0)) == 0
+    )
+    assert "starting with the weights of" in capsys.readouterr().out
+    first, last = read_metrics(tmp_path)[0], read_metrics(unbroken)[0]
+    assert first["step"] == 1
+    assert first["loss"] != last["loss"]  # other weights, the same first batch
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        run(tmp_path / "other", init_from=str(tmp_path / "nowhere"))
+
+
+def test_a_started_run_keeps_its_config(unbroken):
+    with pytest.raises(ConfigError, match=r"train\.steps: 12 -> 20"):
+        run(unbroken, train__steps=20)
+
+
+def test_the_data_goes_on_where_the_checkpoint_was(tmp_path):
+    """The position in the data is part of the checkpoint, even if config.json was lost."""
+    with pytest.raises(TrainingStopped):
+        run(tmp_path, data__nan=(5, 12))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step 4 was saved after 8 scenes, not 4 x 4"):
+        run(tmp_path, train__batch=4)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    process = start(tmp_path, "--config.train.steps=10000", "--config.data.seconds=0.05")
+    try:
+        wait_for_step(tmp_path, 1, process)
+        with pytest.raises(TrainingStopped, match=f"another run .process {process.pid}. is writ"):
+            run(tmp_path, train__steps=10000, data__seconds=0.05)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_an_error_is_one_line_and_a_code(tmp_path):
+    process = start(tmp_path, "--config.optim.lrr=1")
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert error == "error: no key 'lrr' in config.optim; did you mean 'lr'?\n"
+
+
+def test_the_progress_needs_no_terminal(unbroken, tmp_path, capsys):
+    run(tmp_path)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("step 1/12  loss 0.")
+    assert out[1].startswith("step 12/12  loss 0.")
+    assert out[2].startswith("finished: 12 steps, loss 0.")
+    assert out[3] == f"  parameters  sha256 {digest(unbroken)}"
+
+
+def test_pictures_get_the_untrained_and_the_trained_teacher(tmp_path, capsys):
+    seen = []
+
+    def write_pictures(before, after, folder):
+        seen.extend((before, after))
+        (folder / "scene.png").write_bytes(b"")
+
+    toy_run.train(
+        config(),
+        tmp_path,
+        objective=toy_run.Toy(),
+        make_step=toy_run.make_step,
+        make_schedule=toy_run.sonata_schedule,
+        make_batches=toy_run.make_batches,
+        write_pictures=write_pictures,
+    )
+    np.testing.assert_array_equal(seen[0]["head"]["weight"], 1.0)
+    assert (np.asarray(seen[1]["head"]["weight"]) != 1.0).all()
+    assert str(tmp_path / "pictures" / "scene.png") in capsys.readouterr().out
+
+
+def test_a_batch_that_the_devices_cannot_share():
+    eight = cast(Mesh, SimpleNamespace(size=8))
+    check_batch(16, eight)
+    with pytest.raises(ConfigError, match=r"config.train.batch=12 scenes cannot be shared .* by 8"):
+        check_batch(12, eight)
+
+
+@pytest.mark.devices(2)
+def test_several_devices_resume_to_the_same_bits(tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    original = toy_run.make_batches
+
+    def breaks(*arguments):
+        for number, batch in enumerate(original(*arguments)):
+            if number == 9:
+                raise RuntimeError("as a kill would")
+            yield batch
+
+    monkeypatch.setattr(toy_run, "make_batches", breaks)
+    with pytest.raises(RuntimeError, match="as a kill"):
+        run(tmp_path / "broken")
+    monkeypatch.undo()
+    run(tmp_path / "broken")
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")

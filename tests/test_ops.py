@@ -1,0 +1,135 @@
+"""Every primitive against its definition, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hierarchy import random_row
+
+from point_jax.geometry.neighbours import CENTRE
+from point_jax.ops.attention import patch_attention
+from point_jax.ops.conv import submanifold_conv
+from point_jax.ops.gather import from_slots, to_children, to_slots
+from point_jax.ops.pool import cluster_max, cluster_mean
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_same(ours, reference, *args, weight_seed=9, tolerance=2e-5):
+    """Equal values and equal gradients of a random projection for every argument."""
+    out, want = jax.jit(ours)(*args), jax.jit(reference)(*args)
+    np.testing.assert_allclose(out, want, atol=tolerance * float(jnp.abs(want).max()))
+    weight = normal(weight_seed, *out.shape)
+    every = tuple(range(len(args)))
+    got = jax.jit(jax.grad(lambda *a: (ours(*a) * weight).sum(), every))(*args)
+    truth = jax.jit(jax.grad(lambda *a: (reference(*a) * weight).sum(), every))(*args)
+    for g, t in zip(got, truth, strict=True):
+        assert float(jnp.abs(t).max()) > 0
+        np.testing.assert_allclose(g, t, atol=tolerance * float(jnp.abs(t).max()))
+
+
+def pad(x):
+    return jnp.concatenate([x, jnp.zeros_like(x[:1])])
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+def test_convolution_reads_the_representatives_around_and_itself(duplicates):
+    level = random_row(3, duplicates)[0]
+
+    def reference(x, weight):
+        out = jnp.einsum("tnc,tcf->nf", pad(x)[level.neighbours], weight)
+        return out
+
+    def ours(x, weight):
+        return submanifold_conv(x, weight, level.neighbours, level.voxel, level.count)
+
+    assert_same(ours, reference, normal(0, 512, 6), normal(1, 27, 6, 5))
+
+
+def test_convolution_of_a_single_voxel_is_the_centre_tap():
+    neighbours = jnp.full((27, 1), 1, jnp.int32).at[CENTRE].set(0)
+    x, weight = normal(0, 1, 4), normal(1, 27, 4, 3)
+    out = submanifold_conv(x, weight, neighbours, jnp.zeros(1, jnp.int32), jnp.int32(1))
+    np.testing.assert_allclose(out, x @ weight[CENTRE], rtol=1e-6)
+
+
+def test_convolution_skips_blocks_of_padding_even_with_nan():
+    level = random_row(3, False)[0]
+    x = jnp.where(level.valid[:, None], normal(0, 512, 6), jnp.nan)
+    out = submanifold_conv(x, normal(1, 27, 6, 5), level.neighbours, level.voxel, level.count)
+    assert bool(jnp.isfinite(out).all())
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_slots_hold_their_points_and_give_them_back(order):
+    level = random_row(0, False)[0]
+    layout = level.patches[48]
+    slots, own, borrowed = (
+        layout.slot_point[order],
+        layout.point_slot[order],
+        layout.point_borrowed[order],
+    )
+    assert_same(
+        lambda x: to_slots(x, slots, own, borrowed), lambda x: pad(x)[slots], normal(0, 512, 3)
+    )
+    assert_same(
+        lambda y: from_slots(y, slots, own), lambda y: pad(y)[own], normal(0, len(slots), 3)
+    )
+
+
+def test_children_copy_their_cluster():
+    fine, coarse = random_row(1, True)[:2]
+    assert_same(
+        lambda x: to_children(x, fine.parent, coarse.first_child),
+        lambda x: pad(x)[fine.parent],
+        normal(0, 400, 3),
+    )
+
+
+def test_maximum_over_clusters_sends_its_gradient_to_one_point():
+    fine, coarse = random_row(1, True)[:2]
+    used = (jnp.arange(400) < coarse.count)[:, None]
+
+    def reference(x):
+        return jnp.where(used, jax.ops.segment_max(x, fine.parent, 400), 0)
+
+    assert_same(lambda x: cluster_max(x, fine.parent, coarse.first_child), reference, normal(0, 512, 3))
+    # equal values: the first point of the cluster
+    grad = jax.grad(lambda x: cluster_max(x, fine.parent, coarse.first_child).sum())(jnp.ones((512, 1)))
+    first = np.asarray(coarse.first_child)[: int(coarse.count)]
+    np.testing.assert_array_equal(np.flatnonzero(grad), first)
+
+
+def test_mean_over_clusters():
+    fine, coarse = random_row(1, True)[:2]
+
+    def reference(x):
+        total = jax.ops.segment_sum(x, fine.parent, 400)
+        return total / jnp.maximum(jnp.diff(coarse.first_child), 1)[:, None]
+
+    x = normal(0, 512, 3)
+    np.testing.assert_allclose(cluster_mean(x, coarse.first_child), reference(x), atol=1e-6)
+
+
+def naive_attention(q, k, v, segment):
+    scores = jnp.einsum("phqd,phkd->phqk", q, k) * q.shape[-1] ** -0.5
+    same = segment[:, None, :, None] == segment[:, None, None, :]
+    return jnp.einsum("phqk,phkd->phqd", jax.nn.softmax(jnp.where(same, scores, -1e30), -1), v)
+
+
+def test_attention_is_softmax_within_a_segment_of_a_patch():
+    layout = random_row(0, False)[0].patches[48]
+    patches, width = layout.segment.shape
+    used = (jnp.arange(patches) < layout.used)[:, None, None, None]
+    assert int(layout.used) < patches
+
+    def ours(q, k, v):
+        return patch_attention(q, k, v, layout.segment, layout.used)
+
+    def reference(q, k, v):
+        return jnp.where(used, naive_attention(q, k, v, layout.segment), 0)
+
+    shape = patches, 2, width, 8
+    assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape))

@@ -1,0 +1,123 @@
+"""A run of the real training loop that takes seconds: a least-squares toy in the objective's place.
+
+python tests/toy_run.py --config=tests/toy_run.py --workdir=DIR [--config.key=VALUE ...]
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch import command
+from point_jax.training import optimizer
+from point_jax.training.config import default_config, parse_command_line
+from point_jax.training.loop import train
+from point_jax.training.schedules import sonata_schedule
+
+SELF = str(Path(__file__).resolve())
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.train.steps, config.train.batch, config.train.log_every = 12, 2, 1
+    config.train.max_bad_steps = 3
+    config.checkpoint.every = 4
+    config.data = ConfigDict({"seconds": 0.0, "nan": (-1, -1), "threads": 1})
+    return config
+
+
+class Toy:
+    """Two stacked blocks and a head."""
+
+    def init(self, key: jax.Array) -> Any:
+        blocks = 0.3 * jax.random.normal(key, (2, 3, 3))
+        return {
+            "backbone": {"enc": {"stage0": {"blocks": {"weight": blocks}}}},
+            "head": {"weight": jnp.ones((3,))},
+        }
+
+
+def make_step(objective: Toy, config: ConfigDict, mesh: Mesh):
+    def loss_of(params, coord):
+        blocks = params["backbone"]["enc"]["stage0"]["blocks"]["weight"]
+        hidden = jnp.tanh(jnp.tanh(coord @ blocks[0]) @ blocks[1])
+        return jnp.mean((hidden @ params["head"]["weight"] - jnp.sin(coord[..., 0])) ** 2)
+
+    def step(state, batch, schedule):
+        loss, grads = jax.value_and_grad(loss_of)(state["student"], batch["coord"])
+        grads, norm = optimizer.clip_by_global_norm(grads, config.optim.clip)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = dict(state)
+        new["student"], new["mu"], new["nu"] = optimizer.adamw(
+            *(state["student"], grads, state["mu"], state["nu"]),
+            count=state["step"] - state["bad_steps"]["total"] + 1,
+            lr=schedule["lr"],
+            beta1=schedule["beta1"],
+            wd=schedule["wd"],
+            scales=optimizer.layer_scales(state["student"], config.optim.lr_decay),
+        )
+        new["teacher"] = optimizer.move_teacher(
+            state["teacher"], new["student"], schedule["momentum"]
+        )
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        new["step"] = state["step"] + 1
+        bad = jnp.where(good, 0, 1)
+        new["bad_steps"] = {
+            "total": state["bad_steps"]["total"] + bad,
+            "in_a_row": jnp.where(good, 0, state["bad_steps"]["in_a_row"] + 1),
+        }
+        values = {
+            "loss": loss,
+            "grad_norm": norm,
+            "points": jnp.sum(batch["count"]),
+            "bad_steps": new["bad_steps"]["total"],
+            "bad_steps_in_a_row": new["bad_steps"]["in_a_row"],
+        }
+        return new, jax.tree.map(lambda value: value.astype(jnp.float32), values)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_batches(
+    data: Any, seed: int, scenes: int, start: int, process: int, processes: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batch k is a function of (seed, k); batches in `data.nan` hold NaN."""
+    local = scenes // processes
+    while True:
+        rng = np.random.default_rng((seed, start))
+        coord = rng.normal(size=(scenes, 5, 3)).astype(np.float32)
+        if data.nan[0] <= start < data.nan[1]:
+            coord[0, 0, 0] = np.nan
+        time.sleep(data.seconds)
+        part = slice(process * local, (process + 1) * local)
+        yield {"coord": coord[part], "count": np.full(local, 5, np.int32)}
+        start += 1
+
+
+def main(argv: Sequence[str]) -> int:
+    config, workdir = parse_command_line(argv)
+    return run(config, Path(workdir))
+
+
+def run(config: ConfigDict, workdir: Path) -> int:
+    return train(
+        config,
+        workdir,
+        objective=Toy(),
+        make_step=make_step,
+        make_schedule=sonata_schedule,
+        make_batches=make_batches,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, sys.argv, __doc__))
