@@ -11,26 +11,67 @@ line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import command
-from point_jax.data.pipeline import make_batches
-from point_jax.objectives.sonata import Sonata
+from point_jax.data.pipeline import held_out, make_batches
+from point_jax.evaluation.encode import make_encoder, voxelize
+from point_jax.objectives.settings import make_sonata
 from point_jax.training import config as config_lib
-from point_jax.training import loop, mesh, schedules
+from point_jax.training import loop, mesh, metrics, schedules
 from point_jax.training.step import make_train_step
+from point_jax.visual.pictures import FeatureScene, curves, feature_picture
+
+CURVES = [
+    "loss",
+    ["mask_loss", "roll_loss", "unmask_loss"],
+    ["teacher_entropy", "student_entropy"],
+    ["teacher_use", "student_use"],
+    "feature_std",
+    "grad_norm",
+]
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
     config, workdir = config_lib.parse_command_line(argv)
     mesh.start_processes()
+    try:
+        objective = make_sonata(config)
+    except (ValueError, TypeError) as error:
+        raise config_lib.ConfigError(str(error)) from error
+
+    def pictures(untrained: Any, trained: Any, folder: Path) -> None:
+        curves(folder.parent / metrics.FILE, CURVES, folder / "curves.png")
+        scenes = held_out(config.data)
+        if not scenes:
+            return
+        spec = objective.spec
+        voxels = [voxelize(scene, spec.views.grid_size) for scene in scenes]
+        encode = make_encoder(spec.network, voxels, spec.up_cast)
+        rows = [
+            FeatureScene(
+                scene.name,
+                scene.coord[v.index],
+                None if scene.color is None else scene.color[v.index],
+                None if scene.normal is None else scene.normal[v.index],
+                {
+                    "untrained teacher, PCA": encode(untrained["backbone"], v),
+                    "trained teacher, PCA": encode(trained["backbone"], v),
+                },
+            )
+            for scene, v in zip(scenes, voxels, strict=True)
+        ]
+        feature_picture(rows).save(folder / "pca.png")
+
     return loop.train(
         config,
         Path(workdir),
-        objective=Sonata(config.objective),
+        objective=objective,
         make_step=make_train_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
+        write_pictures=pictures,
     )
 
 

@@ -80,7 +80,9 @@ def make_row(
 def voxel_key(cloud: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """One int64 per voxel, to match rows of different orders."""
     grid = np.asarray(grid, np.int64)
-    return ((np.asarray(cloud, np.int64) << 48) | (grid[:, 0] << 32)) | (grid[:, 1] << 16) | grid[:, 2]
+    return (
+        ((np.asarray(cloud, np.int64) << 48) | (grid[:, 0] << 32)) | (grid[:, 1] << 16) | grid[:, 2]
+    )
 
 
 def level_key(level) -> np.ndarray:

@@ -63,13 +63,18 @@ def test_patches_hold_the_same_points_in_the_same_slots_as_the_originals(name):
             np.testing.assert_array_equal(slot_point.reshape(-1)[slot], np.arange(len(key)))
             borrowed = np.asarray(layout.point_borrowed[o])[: len(key)]
             lent = borrowed < segment.size
-            np.testing.assert_array_equal(slot_point.reshape(-1)[borrowed[lent]], np.flatnonzero(lent))
+            np.testing.assert_array_equal(
+                slot_point.reshape(-1)[borrowed[lent]], np.flatnonzero(lent)
+            )
             owned = np.concatenate([slot, borrowed[lent]])
             assert len(np.unique(owned)) == len(owned) == (segment >= 0).sum()
 
 
 SPEC = HierarchySpec(
-    capacities=(512, 400, 300), clouds=5, patch_sizes=((48,), (48,), (48, 16)), curves=("z", "hilbert")
+    capacities=(512, 400, 300),
+    clouds=5,
+    patch_sizes=((48,), (48,), (48, 16)),
+    curves=("z", "hilbert"),
 )
 
 
@@ -104,7 +109,9 @@ def test_neighbours_are_the_first_rows_of_the_voxels_around(seed, duplicates):
         np.testing.assert_array_equal(np.asarray(level.voxel)[:used], representative)
         for tap, offset in enumerate(OFFSETS):
             want = [
-                i if tap == CENTRE else first_row.get((cloud[i], *(grid[i] + offset)), len(level.cloud))
+                i
+                if tap == CENTRE
+                else first_row.get((cloud[i], *(grid[i] + offset)), len(level.cloud))
                 for i in range(used)
             ]
             np.testing.assert_array_equal(np.asarray(level.neighbours[tap])[:used], want)
@@ -117,7 +124,9 @@ def test_children_of_a_cluster_are_contiguous(seed):
     for fine, coarse in zip(hierarchy, hierarchy[1:], strict=False):
         bounds, parent = np.asarray(coarse.first_child), np.asarray(fine.parent)
         for j in range(int(coarse.count)):
-            np.testing.assert_array_equal(np.flatnonzero(parent == j), range(bounds[j], bounds[j + 1]))
+            np.testing.assert_array_equal(
+                np.flatnonzero(parent == j), range(bounds[j], bounds[j + 1])
+            )
             children = slice(bounds[j], bounds[j + 1])
             assert (np.asarray(fine.grid)[children] >> 1 == np.asarray(coarse.grid)[j]).all()
             assert (np.asarray(fine.cloud)[children] == np.asarray(coarse.cloud)[j]).all()

@@ -95,9 +95,13 @@ def test_maximum_over_clusters_sends_its_gradient_to_one_point():
     def reference(x):
         return jnp.where(used, jax.ops.segment_max(x, fine.parent, 400), 0)
 
-    assert_same(lambda x: cluster_max(x, fine.parent, coarse.first_child), reference, normal(0, 512, 3))
+    assert_same(
+        lambda x: cluster_max(x, fine.parent, coarse.first_child), reference, normal(0, 512, 3)
+    )
     # equal values: the first point of the cluster
-    grad = jax.grad(lambda x: cluster_max(x, fine.parent, coarse.first_child).sum())(jnp.ones((512, 1)))
+    grad = jax.grad(lambda x: cluster_max(x, fine.parent, coarse.first_child).sum())(
+        jnp.ones((512, 1))
+    )
     first = np.asarray(coarse.first_child)[: int(coarse.count)]
     np.testing.assert_array_equal(np.flatnonzero(grad), first)
 

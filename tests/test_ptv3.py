@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import clouds_of, load, level_key, make_row, voxel_key
+from golden import clouds_of, level_key, load, make_row, voxel_key
 
 from point_jax.interop.pointcept import from_state_dict, to_state_dict
 from point_jax.models.functional import functional
@@ -16,7 +16,9 @@ CAPACITIES = (1536, 1300, 850, 500, 300)
 def spec_of(config):
     def stages(part):
         keys = (f"{part}_depths", f"{part}_channels", f"{part}_num_head", f"{part}_patch_size")
-        return tuple(StageSpec(*numbers) for numbers in zip(*(config[k] for k in keys), strict=True))
+        return tuple(
+            StageSpec(*numbers) for numbers in zip(*(config[k] for k in keys), strict=True)
+        )
 
     return PTv3Spec(
         encoder=stages("enc"),
@@ -100,7 +102,9 @@ def test_gradients_equal_the_originals(name):
     named = to_state_dict(jax.tree.map(np.asarray, grads))
     names = [n for n in golden.grad_names if n != "in.feat"]
     norms = np.array([np.linalg.norm(named[n]) for n in names])
-    np.testing.assert_allclose(norms, golden.arrays["grad.norms"][: len(names)], rtol=1e-3, atol=1e-3 * 1e-2)
+    np.testing.assert_allclose(
+        norms, golden.arrays["grad.norms"][: len(names)], rtol=1e-3, atol=1e-3 * 1e-2
+    )
     for key, want in golden.arrays.items():
         name = key.removeprefix("grad.")
         if key.startswith("grad.") and name in named:
@@ -123,7 +127,11 @@ def test_weights_that_do_not_fit_are_listed():
     weights["enc.enc4.down.proj.bias"] = np.zeros(7, np.float32)
     with pytest.raises(ValueError) as error:
         from_state_dict(weights, golden.template)
-    for part in ("missing embedding.stem.norm.bias", "left over surplus", "enc.enc4.down.proj.bias"):
+    for part in (
+        "missing embedding.stem.norm.bias",
+        "left over surplus",
+        "enc.enc4.down.proj.bias",
+    ):
         assert part in str(error.value)
 
 

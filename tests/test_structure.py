@@ -17,6 +17,7 @@ LEANS_ON = {
     "data": ("geometry",),
     "objectives": ("models", "ops", "geometry", "data"),
     "training": ("objectives.interface",),
+    "evaluation": ("models", "ops", "geometry", "data"),
     "visual": (),
     "interop": ("models",),
 }

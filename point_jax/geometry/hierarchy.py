@@ -164,7 +164,9 @@ def build_hierarchy(
         grid, cloud, count, parent, first_child, overflow = _coarsen(
             grid, cloud, count, coarser, spec.clouds
         )
-        orders = _coarser_orders(orders, parent, grid, cloud, depths[level : level + 2], spec.curves)
+        orders = _coarser_orders(
+            orders, parent, grid, cloud, depths[level : level + 2], spec.curves
+        )
         parts.append(part | dict(parent=parent))
 
     # Top-down: neighbours. Patches need only the sizes.
@@ -270,7 +272,9 @@ def _coarser_orders(
 
     if not any(curve.startswith("hilbert") for curve in curves):
         return by_appearance()
-    points = jax.ops.segment_sum(jnp.ones_like(cloud), cloud, depths.shape[1], indices_are_sorted=True)
+    points = jax.ops.segment_sum(
+        jnp.ones_like(cloud), cloud, depths.shape[1], indices_are_sorted=True
+    )
     turns = ((points > 1) & (depths[1] != depths[0] - 1)).any()
     return jax.lax.cond(turns, by_sorting, by_appearance)
 

@@ -47,7 +47,5 @@ def nearest(
         # Blocks of padding are not searched.
         return jax.lax.cond((cloud >= 0).any(), run, lambda: jnp.full(size, points, jnp.int32))
 
-    found = jax.lax.map(
-        search, (query.reshape(blocks, size, 3), query_cloud.reshape(blocks, size))
-    )
+    found = jax.lax.map(search, (query.reshape(blocks, size, 3), query_cloud.reshape(blocks, size)))
     return found.reshape(-1)[:queries]

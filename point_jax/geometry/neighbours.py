@@ -5,10 +5,9 @@ parent, so that every entry costs two gathers. Only the coarsest level, which ho
 points, is searched (a binary search among its sorted codes).
 """
 
-import numpy as np
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from point_jax.geometry.curves import Code, z_code
 

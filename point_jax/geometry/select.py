@@ -102,7 +102,7 @@ def uniform_below(share: jax.Array, bound: jax.Array) -> jax.Array:
       bound: int32 of that shape, less than 2^23.
 
     Returns:
-      int32 of that shape.
+      int32 of that shape. Draws have 23 bits, so the integers' shares differ by up to bound / 2^23.
     """
     # The product may round up to the bound itself.
     return jnp.clip(jnp.floor(share * bound).astype(jnp.int32), 0, jnp.maximum(bound - 1, 0))

@@ -65,7 +65,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], template: Params, prefix: s
             return np.zeros(shape, np.float32)
         array = _layout_in(np.asarray(state[key], np.float32), path)
         if array.shape != shape:
-            problems.append(f"{key} has shape {np.shape(state[key])}, which gives {array.shape} here, not {shape}")
+            problems.append(
+                f"{key} has shape {np.shape(state[key])}, which gives {array.shape} here, not {shape}"
+            )
         return array
 
     def walk(node: Any, path: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ from point_jax.models.layers import Mlp
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) along the last axis, in float32, with a finite gradient at 0."""
+    """X / max(|x|, 1e-12) along the last axis, in float32, with a finite gradient at 0."""
     x = x.astype(jnp.float32)
     square = (x * x).sum(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))

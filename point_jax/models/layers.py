@@ -48,9 +48,7 @@ class SubmanifoldConv(nnx.Module):
 class Mlp(nnx.Module):
     """Linear, GELU, linear."""
 
-    def __init__(
-        self, inputs: int, hidden: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, hidden: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
         self.fc1 = linear(inputs, hidden, dtype, rngs)
         self.fc2 = linear(hidden, outputs, dtype, rngs)
 

@@ -302,7 +302,11 @@ class PTv3(nnx.Module):
         turns = _turns(order_key, len(hierarchy), len(self.spec.curves))
 
         def keys(stage):
-            return None if drop_keys is None else jax.vmap(jax.random.fold_in, (0, None))(drop_keys, stage)
+            return (
+                None
+                if drop_keys is None
+                else jax.vmap(jax.random.fold_in, (0, None))(drop_keys, stage)
+            )
 
         x = self.embedding(jnp.where(hierarchy[0].valid[:, None], x, 0.0), mask)
         levels: list[jax.Array] = []

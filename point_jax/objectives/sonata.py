@@ -137,7 +137,9 @@ class Sonata:
         """Parameters of the student: backbone, mask_head, unmask_head."""
         keys = jax.random.split(key, 5)
         params = {"backbone": self._init_backbone(keys[0])}
-        for name, head_key, key in zip(("mask_head", "unmask_head"), keys[1:3], keys[3:], strict=True):
+        for name, head_key, key in zip(
+            ("mask_head", "unmask_head"), keys[1:3], keys[3:], strict=True
+        ):
             head = self._init_head(head_key)
             prototypes = start_prototypes(key, head["prototypes"].shape)
             params[name] = head | {"prototypes": prototypes}
@@ -166,10 +168,17 @@ class Sonata:
         jittered = jax.vmap(jitter_masked, (0, 0, 0, None))(
             large.coord, mask, noise, self.spec.mask_jitter
         )
+        # The teacher's row and the masked one have one shape: a loop compiles it once.
+        sides = jax.lax.map(
+            lambda side: self._views(large, *side, self.global_rows),
+            (jnp.stack([large.coord, jittered]), jnp.stack([jnp.zeros_like(mask), mask])),
+        )
         row = self.assemble(
-            self._views(large, large.coord, jnp.zeros_like(mask), self.global_rows),
-            self._views(large, jittered, mask, self.global_rows),
-            self._views(small, small.coord, jnp.zeros(small.coord.shape[:2], bool), self.local_rows),
+            jax.tree.map(lambda x: x[0], sides),
+            jax.tree.map(lambda x: x[1], sides),
+            self._views(
+                small, small.coord, jnp.zeros(small.coord.shape[:2], bool), self.local_rows
+            ),
             drop_key,
             (scene["count"] > 0).astype(jnp.float32),
         )
@@ -288,7 +297,9 @@ class Sonata:
         }
         views = self._matched_views(rows, axis)
         stats = jax.tree.map(lambda x: x.sum(0), stats)
-        return Targets(embeddings, {"directions": directions, "scales": scales, "views": views}, stats)
+        return Targets(
+            embeddings, {"directions": directions, "scales": scales, "views": views}, stats
+        )
 
     def _sinkhorn(self, embeddings, directions, rows, name, schedule, axis) -> jax.Array:
         """(Q,) log scales of a loss's prototypes after three rounds over the global batch.
@@ -396,7 +407,11 @@ class Sonata:
         return total, (row.scenes, stats)
 
     def features(
-        self, backbone: Params, views: Views, order_key: jax.Array | None, drop_key: jax.Array | None
+        self,
+        backbone: Params,
+        views: Views,
+        order_key: jax.Array | None,
+        drop_key: jax.Array | None,
     ) -> jax.Array:
         """(A, channels) backbone features of a row, carried up to the heads' level."""
         clouds = len(views.hierarchy[0].starts) - 1
@@ -406,7 +421,9 @@ class Sonata:
             views.hierarchy,
             mask=views.mask if self.spec.network.mask_token else None,
             order_key=order_key,
-            drop_keys=None if drop_key is None or not self.spec.network.drop_path else jax.random.split(drop_key, clouds),
+            drop_keys=None
+            if drop_key is None or not self.spec.network.drop_path
+            else jax.random.split(drop_key, clouds),
         )
         return up_cast(out.levels, views.hierarchy, self.spec.up_cast)
 

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from point_jax.geometry.neighbours import CENTRE
 from point_jax.ops.gather import take_rows
 
-_BLOCK_BYTES = 4 << 20  # of gathered features: large enough for the matrix unit, small enough for a cache
+_BLOCK_BYTES = (
+    4 << 20
+)  # of gathered features: large enough for the matrix unit, small enough for a cache
 
 
 @jax.custom_vjp

@@ -4,7 +4,6 @@ Each device makes the rows of its scenes, the teacher's targets are settled acro
 sums), the loss is differentiated row by row, and one sum over the mesh joins gradients and statistics.
 """
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp

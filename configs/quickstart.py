@@ -1,0 +1,41 @@
+"""Sonata, whole but small, on procedural rooms: no download.
+
+    python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+For: 2 CPU cores, under 5 minutes with compilation.
+Expect: the loss falls from about 5 to below 4, and in pictures/pca.png the trained teacher tells
+floor, walls and furniture apart in rooms that it has never seen.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import sonata
+
+
+def get_config() -> ConfigDict:
+    """The config of the quickstart."""
+    config = sonata.get_config("tiny")
+    config.train.steps = 64
+    config.train.batch = 2
+    config.train.log_every = 1
+    config.checkpoint.every = 4
+    config.optim.lr = 0.002
+    config.schedule.mask_size = (0.2, 0.6)
+
+    config.network.depths = (1, 1, 1, 2, 1)
+    config.network.channels = (24, 48, 96, 128, 160)
+    config.network.heads = (2, 4, 6, 8, 10)
+    config.network.patch_size = 256
+    config.network.drop_path = 0.1
+    config.views.grid_size = 0.04
+    config.views.max_size = 6144
+    config.objective.hidden = 256
+    config.objective.embed = 64
+    config.objective.prototypes = 256
+
+    small = {"frames": 16, "width": 112, "height": 84, "voxel": 0.04, "max_points": 30_000}
+    config.data.scene_points = 30_000
+    config.data.sources = ({"kind": "rooms", "seeds": (100, 1000), "spec": small},)
+    config.data.held_out.sources = ({"kind": "rooms", "seeds": (0, 3), "spec": small},)
+    config.data.held_out.scenes = 3
+    return config

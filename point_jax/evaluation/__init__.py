@@ -1,0 +1,1 @@
+"""What features are worth, and features of whole scenes."""

@@ -1,0 +1,102 @@
+"""Config sections of the objectives, and the objectives that they describe."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from point_jax.data.augment import GeometrySpec
+from point_jax.data.color import ColorSpec
+from point_jax.data.views import ViewSpec
+from point_jax.models.ptv3 import PTv3Spec, StageSpec
+from point_jax.objectives.sonata import Sonata, SonataSpec
+
+Spec = TypeVar("Spec")
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def default_network() -> ConfigDict:
+    """The section `network`: Sonata's base encoder, 108.46 M parameters."""
+    network = ConfigDict()
+    network.depths = (3, 3, 3, 12, 3)
+    network.channels = (48, 96, 192, 384, 512)
+    network.heads = (3, 6, 12, 24, 32)
+    network.patch_size = 1024
+    network.mlp_ratio = 4.0
+    network.drop_path = 0.3
+    network.layer_scale = 0.0  # start value of every branch's scale; 0: no scale
+    network.dtype = "float32"  # of the arithmetic; or bfloat16
+    network.remat = False  # make activations again in the backward pass instead of keeping them
+    return network.lock()
+
+
+def default_views() -> ConfigDict:
+    """The section `views`: Sonata's recipe; see `ViewSpec`, `GeometrySpec` and `ColorSpec`."""
+    return _section(ViewSpec(), leave_out=("grid_capacity",))
+
+
+def default_objective() -> ConfigDict:
+    """The section `objective`: Sonata's base recipe; see `SonataSpec`."""
+    fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
+    return ConfigDict({k: v for k, v in fields.items() if k not in ("network", "views")}).lock()
+
+
+def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
+    """The encoder that a section `network` describes.
+
+    Raises:
+      ValueError: lists of different lengths, or a value out of range.
+    """
+    lists = {name: tuple(network[name]) for name in ("depths", "channels", "heads")}
+    if len({len(values) for values in lists.values()}) != 1:
+        raise ValueError(f"network: depths, channels and heads need one length, got {lists}")
+    if network["dtype"] not in _DTYPES:
+        raise ValueError(f"network.dtype={network['dtype']!r}; expected one of {list(_DTYPES)}")
+    stages = zip(*lists.values(), strict=True)
+    return PTv3Spec(
+        encoder=tuple(StageSpec(*numbers, network["patch_size"]) for numbers in stages),
+        mlp_ratio=network["mlp_ratio"],
+        drop_path=network["drop_path"],
+        layer_scale=network["layer_scale"] or None,
+        dtype=_DTYPES[network["dtype"]],
+        remat=network["remat"],
+    )
+
+
+def make_sonata(config: ConfigDict) -> Sonata:
+    """The Sonata objective of a config: its sections `network`, `views` and `objective`.
+
+    Raises:
+      ValueError: a value that does not fit, and which.
+    """
+    views = config.views.to_dict()
+    views["color"] = ColorSpec(**views["color"])
+    views["geometry"] = GeometrySpec(**views["geometry"])
+    return Sonata(
+        SonataSpec(
+            network=network_spec(config.network),
+            views=ViewSpec(**_tuples(views)),
+            **_tuples(config.objective.to_dict()),
+        )
+    )
+
+
+def _section(spec: Any, leave_out: tuple[str, ...] = ()) -> ConfigDict:
+    """A dataclass's values as a locked section; dataclasses inside become sections inside."""
+    section = ConfigDict()
+    for field in dataclasses.fields(spec):
+        if field.name not in leave_out:
+            value = getattr(spec, field.name)
+            section[field.name] = _section(value) if dataclasses.is_dataclass(value) else value
+    return section.lock()
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists from the command line as tuples, so that specs can be hashed."""
+
+    def freeze(value: Any) -> Any:
+        return tuple(map(freeze, value)) if isinstance(value, (list, tuple)) else value
+
+    return {name: freeze(value) for name, value in values.items()}
