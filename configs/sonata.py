@@ -3,34 +3,32 @@
     python -m launch.train --config=configs/sonata.py:base --workdir=DIR
 
 Sizes:
-  base   The paper's recipe: 108 M parameters, batch 96, 200 epochs of 139,000 scenes (290,000 steps).
-         For 32 GPUs of 80 GB or a TPU slice of 32 chips; days. Expect 72.5 mIoU on ScanNet by a linear probe
-         (the paper's figure; not yet repeated here). `network.dtype` is bfloat16.
+  base   The paper's recipe: 108 M parameters, batch 96, 200 epochs of 139,000 scenes (290,000
+         steps). For 32 GPUs of 80 GB or a TPU slice of 32 chips; days. Expect 72.5 mIoU on ScanNet
+         by a linear probe (the paper's figure; not yet repeated here). `network.dtype` is bfloat16.
   small  39 M parameters, batch 16: one 8-device host; about a day for 500 scenes.
-  tiny   1.9 M parameters, batch 2: a laptop CPU; 1,000 steps take about an hour and a half on 2 cores.
+  tiny   1.9 M parameters, batch 2: a laptop CPU; 1,000 steps take about an hour and a half on 2
+         cores.
 
 Data: none is shipped. Name yours with
   --config.data.sources="({'kind': 'folder', 'root': 'DIR', 'splits': ('train',)},)"
-(docs/data.md says what DIR holds). The default is procedural rooms, so that the command works as it is.
+(docs/data.md says what DIR holds). The default is procedural rooms, so that the command works as it
+is.
 """
-
-from ml_collections import ConfigDict
 
 from point_jax.data.pipeline import default_data
 from point_jax.objectives.settings import default_network, default_objective, default_views
-from point_jax.training.config import default_config
+from point_jax.training.config import Config, default_config
 
 
-def get_config(arg: str = "base") -> ConfigDict:
+def get_config(arg: str = "base") -> Config:
     """The config of a size: base, small or tiny."""
     config = default_config()
     config.network = default_network()
     config.views = default_views()
     config.objective = default_objective()
     config.data = default_data()
-    config.data.sources = ({"kind": "rooms", "seeds": (100, 1000)},)
-    config.data.held_out.sources = ({"kind": "rooms", "seeds": (0, 3)},)
-    config.data.held_out.scenes = 3
+    _rooms(config)
     sizes = {"base": _base, "small": _small, "tiny": _tiny}
     if arg not in sizes:
         raise ValueError(f"configs/sonata.py:{arg}: expected one of {', '.join(sizes)}")
@@ -38,14 +36,20 @@ def get_config(arg: str = "base") -> ConfigDict:
     return config.lock()
 
 
-def _base(config: ConfigDict) -> None:
+def _rooms(config: Config) -> None:
+    config.data.sources = ({"kind": "rooms", "seeds": (100, 1000)},)
+    config.data.held_out.sources = ({"kind": "rooms", "seeds": (0, 3)},)
+    config.data.held_out.scenes = 3
+
+
+def _base(config: Config) -> None:
     config.train.batch = 96
     config.train.steps = 139_000 * 200 // 96
     config.network.dtype = "bfloat16"
     config.network.remat = True
 
 
-def _small(config: ConfigDict) -> None:
+def _small(config: Config) -> None:
     config.train.batch = 16
     config.train.steps = 20_000
     config.optim.lr = 0.002
@@ -58,7 +62,7 @@ def _small(config: ConfigDict) -> None:
     config.objective.prototypes = 2048
 
 
-def _tiny(config: ConfigDict) -> None:
+def _tiny(config: Config) -> None:
     config.train.batch = 2
     config.train.steps = 1000
     config.optim.lr = 0.002

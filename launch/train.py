@@ -8,10 +8,13 @@ the run stopped, or prints the result of a finished run. Exit codes: 0 finished;
 line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
@@ -35,6 +38,10 @@ CURVES = [
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
     config, workdir = config_lib.parse_command_line(argv)
+    if jax.config.jax_compilation_cache_dir is None:
+        # A run that is resumed compiles nothing; JAX_COMPILATION_CACHE_DIR chooses another place.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "point_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     mesh.start_processes()
     try:
         objective = make_sonata(config)

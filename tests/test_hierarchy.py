@@ -1,5 +1,7 @@
 """Voxels, orders, patches, clusters and neighbours of every level."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,7 +123,7 @@ def test_neighbours_are_the_first_rows_of_the_voxels_around(seed, duplicates):
 @pytest.mark.parametrize("seed", range(4))
 def test_children_of_a_cluster_are_contiguous(seed):
     hierarchy = random_row(seed, duplicates=True)
-    for fine, coarse in zip(hierarchy, hierarchy[1:], strict=False):
+    for fine, coarse in itertools.pairwise(hierarchy):
         bounds, parent = np.asarray(coarse.first_child), np.asarray(fine.parent)
         for j in range(int(coarse.count)):
             np.testing.assert_array_equal(

@@ -63,7 +63,7 @@ def _run(capacities, params, grid, cloud, valid, features, drop_keys):
 
 
 def encode(params, chosen, *, run=_run_small, slots=512, padding=0.0, keys=None):
-    """Features of every point of the chosen clouds (numbers of `CLOUDS` or clouds), in their order."""
+    """Features of every point of the chosen clouds (numbers of `CLOUDS` or clouds), in order."""
     clouds = [CLOUDS[c] if isinstance(c, int) else c for c in chosen]
     sizes = [len(grid) for grid, _ in clouds]
     total = sum(sizes)

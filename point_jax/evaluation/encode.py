@@ -1,7 +1,8 @@
 """Features of whole scenes by a trained backbone."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,15 @@ from point_jax.ops.gather import take_rows, to_children
 Params = dict[str, Any]
 
 
-class Voxels(NamedTuple):
+@dataclass(frozen=True)
+class Voxels:
     """A scene on the grid, one point a voxel (the first), its input transform applied.
 
     Attributes:
       index: (n,) int64, the scene's point of each voxel.
       grid: (n, 3) int32.
-      features: (n, 9) float32: coordinates with the middle of the floor at the origin (metres), colour
-        0 to 1, normal; zeros for what the scene lacks.
+      features: (n, 9) float32: coordinates with the middle of the floor at the origin (metres),
+        colour 0 to 1, normal; zeros for what the scene lacks.
     """
 
     index: np.ndarray

@@ -1,1 +1,1 @@
-"""Integer structure of point sets: curves, voxel grids, hierarchies, patches, neighbours, matching."""
+"""Integer structure of point sets: curves, grids, hierarchies, patches, neighbours, matching."""

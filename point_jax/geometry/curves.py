@@ -1,8 +1,8 @@
 """Space-filling curves: Z-order and Hilbert codes of voxel coordinates, up to 16 bits an axis.
 
-A code has up to 48 bits. JAX runs with 32-bit integers, so it is a pair `(high, low)` of uint32 which
-hold 24 bits each: `code = high << 24 | low`. `low` interleaves the lower 8 bits of the three axes,
-`high` the upper 8. Comparing pairs lexicographically compares codes.
+A code has up to 48 bits. JAX runs with 32-bit integers, so it is a pair `(high, low)` of uint32
+which hold 24 bits each: `code = high << 24 | low`. `low` interleaves the lower 8 bits of the three
+axes, `high` the upper 8. Comparing pairs lexicographically compares codes.
 """
 
 from typing import Literal, get_args
@@ -20,8 +20,8 @@ Code = tuple[jax.Array, jax.Array]
 def curve_depth(largest: jax.Array) -> jax.Array:
     """Bits an axis that the originals give a cloud whose largest voxel coordinate is `largest`.
 
-    bit_length(largest + 1): one more than needed when `largest` is 2^d - 1 (REFERENCE quirk 3; Hilbert
-    codes depend on it, so it is kept).
+    bit_length(largest + 1): one more than needed when `largest` is 2^d - 1 (REFERENCE quirk 3;
+    Hilbert codes depend on it, so it is kept).
 
     Args:
       largest: int32, any shape; at least 0.
@@ -89,7 +89,8 @@ def hilbert_code(grid: jax.Array, depth: jax.Array | int = MAX_DEPTH) -> Code:
     axes = tuple(grid[..., axis].astype(jnp.uint32) for axis in range(3))
     axes = jax.lax.fori_loop(0, MAX_DEPTH, fold, axes)
     high, low = z_code(jnp.stack(axes, axis=-1))
-    # The transform leaves a Gray code over all 48 bits; its binary value is the running exclusive-or.
+    # The transform leaves a Gray code over all 48 bits; its binary value is the running
+    # exclusive-or.
     high, low = _running_xor(high), _running_xor(low)
     return high, jnp.where(high & 1 == 1, low ^ 0xFFFFFF, low)
 

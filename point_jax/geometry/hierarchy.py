@@ -1,8 +1,8 @@
-"""The integer structure of a row: voxels of every level, their orders, patches, parents, neighbours.
+"""Integer structure of a row: voxels of every level, their orders, patches, parents, neighbours.
 
-Computed once per row from voxel coordinates, without gradients; networks take `(features, hierarchy)`.
-A row is sorted by (cloud, z-order code) and stays so at every level: the children of a cluster are
-contiguous, and a coarser level comes out sorted without sorting again.
+Computed once per row from voxel coordinates, without gradients; networks take
+`(features, hierarchy)`. A row is sorted by (cloud, z-order code) and stays so at every level: the
+children of a cluster are contiguous, and a coarser level comes out sorted without sorting again.
 """
 
 from collections.abc import Sequence
@@ -134,9 +134,9 @@ def build_hierarchy(
       cloud: (N,) int32, ascending.
       count: () int32, slots in use; what the others hold does not matter.
       spec: static shapes.
-      depths: (levels, G) int32, bits an axis of each cloud's curves, for comparison with the originals
-        which take one depth for a whole batch. By default bit_length(largest coordinate + 1), anew at
-        every level.
+      depths: (levels, G) int32, bits an axis of each cloud's curves, for comparison with the
+        originals which take one depth for a whole batch. By default
+        bit_length(largest coordinate + 1), anew at every level.
 
     Returns:
       One `Level` per entry of `spec.capacities`.
@@ -229,8 +229,8 @@ def _sorted_orders(
 ) -> jax.Array:
     """(O, N) orders of a row along each curve by sorting; along "z" the row is sorted already."""
     index = jnp.arange(len(cloud), dtype=jnp.int32)
-    orders = {"z": index}
-    rest = [curve for curve in curves if curve != "z"]
+    orders: dict[Curve, jax.Array] = {"z": index}
+    rest: list[Curve] = [curve for curve in curves if curve != "z"]
     if rest:
         depth = jnp.append(depth, 1)
         valid = cloud < len(depth) - 1
@@ -252,8 +252,9 @@ def _coarser_orders(
 ) -> jax.Array:
     """Orders of the next level: clusters by first appearance along each finer order.
 
-    This holds while every cloud's depth falls by one, since then its codes only lose their last three
-    bits. Where a depth stays, Hilbert codes turn (REFERENCE quirk 3), and the level is sorted.
+    This holds while every cloud's depth falls by one, since then its codes only lose their last
+    three bits. Where a depth stays, Hilbert codes turn (REFERENCE quirk 3), and the level is
+    sorted.
     """
     capacity = len(cloud)
 

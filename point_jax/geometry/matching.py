@@ -23,8 +23,8 @@ def nearest(
       radius: in the coordinates' unit.
 
     Returns:
-      (A,) int32: index of the point, N for none. What lies in rows that take no part (even NaN) does
-      not matter.
+      (A,) int32: index of the point, N for none. What lies in rows that take no part (even NaN)
+      does not matter.
     """
     queries, points = len(query), len(point)
     size = min(_BLOCK, queries)

@@ -1,8 +1,8 @@
 """Neighbour tables of the 3x3x3 convolution.
 
-The tables come top-down through the octree: the neighbour of a child is a child of a neighbour of its
-parent, so that every entry costs two gathers. Only the coarsest level, which holds a percent of the
-points, is searched (a binary search among its sorted codes).
+The tables come top-down through the octree: the neighbour of a child is a child of a neighbour of
+its parent, so that every entry costs two gathers. Only the coarsest level, which holds a percent of
+the points, is searched (a binary search among its sorted codes).
 """
 
 import jax

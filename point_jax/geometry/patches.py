@@ -1,8 +1,8 @@
 """Patches: fixed-size runs of K points of an order that attend to one another.
 
 A cloud longer than K is cut into ceil(n / K) patches; its last patch borrows from the one before it
-what it lacks, slot for slot, as the originals do. A cloud of at most K points attends to itself alone,
-so several of them share a patch under a segment mask.
+what it lacks, slot for slot, as the originals do. A cloud of at most K points attends to itself
+alone, so several of them share a patch under a segment mask.
 
 The layout depends only on the clouds' sizes; `PatchLayout` composes it with the orders, so that
 attention gathers straight from a row and back.
@@ -37,8 +37,9 @@ class PatchLayout:
 def patch_shape(capacity: int, clouds: int, patch_size: int) -> tuple[int, int]:
     """(P, K) that hold any row of `capacity` points in at most `clouds` clouds.
 
-    A row shorter than a patch is one patch of its own length. Otherwise long clouds waste less than a
-    patch each, and of short ones packed in sequence any two neighbouring patches are more than full.
+    A row shorter than a patch is one patch of its own length. Otherwise long clouds waste less than
+    a patch each, and of short ones packed in sequence any two neighbouring patches are more than
+    full.
     """
     if capacity <= patch_size:
         return 1, capacity
@@ -88,7 +89,7 @@ def build_patches(
 
 
 def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """First slot of every cloud, and the number of patches used: long clouds first, then short ones."""
+    """First slot of every cloud, and the number of patches used: long clouds first, then short."""
     long = size > width
     padded = jnp.where(long, -(-size // width) * width, 0)
     long_base = jnp.cumsum(padded) - padded

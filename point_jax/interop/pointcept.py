@@ -1,7 +1,7 @@
 """Pointcept's names and layouts of weights, against this project's parameters.
 
-The table below names every module once; both directions follow from walking this project's tree. Blocks
-are stacked here (a leading axis) and numbered there.
+The table below names every module once; both directions follow from walking this project's tree.
+Blocks are stacked here (a leading axis) and numbered there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,7 +66,8 @@ def from_state_dict(state: Mapping[str, np.ndarray], template: Params, prefix: s
         array = _layout_in(np.asarray(state[key], np.float32), path)
         if array.shape != shape:
             problems.append(
-                f"{key} has shape {np.shape(state[key])}, which gives {array.shape} here, not {shape}"
+                f"{key} has shape {np.shape(state[key])}, which gives {array.shape} here, "
+                f"not {shape}"
             )
         return array
 

@@ -19,8 +19,8 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Calla
     """Splits a module into functions.
 
     Random start values are drawn here and not in the modules: all kernels from one stream, as the
-    originals do from a normal distribution of standard deviation 0.02 (they truncate at +-2, which is a
-    hundred deviations). A draw per parameter took XLA longer to compile than a training step.
+    originals do from a normal distribution of standard deviation 0.02 (they truncate at +-2, which
+    is a hundred deviations). A draw per parameter took XLA longer to compile than a training step.
 
     Args:
       build: makes the module; what it puts in parameters other than kernels is their start value.

@@ -17,9 +17,10 @@ def unit(x: jax.Array) -> jax.Array:
 class OnlineCluster(nnx.Module):
     """Embeds features and holds the prototypes.
 
-    The scores are `embed(x) @ directions().T`: at (points x 4,096) the largest array of the objective,
-    so they are never made whole; losses take the two factors. Prototypes are weight-normalised with
-    their lengths fixed to 1, and start as PyTorch starts a linear layer (REFERENCE quirk 16).
+    The scores are `embed(x) @ directions().T`: at (points x 4,096) the largest array of the
+    objective, so they are never made whole; losses take the two factors. Prototypes are
+    weight-normalised with their lengths fixed to 1, and start as PyTorch starts a linear layer
+    (REFERENCE quirk 16).
     """
 
     def __init__(

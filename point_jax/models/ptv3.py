@@ -1,7 +1,7 @@
 """Point Transformer V3 (arXiv:2312.10035) as Sonata uses it (the originals' "PT-v3m2").
 
-The network sees features and a hierarchy, never coordinates. The equal blocks of a stage are one block
-with stacked parameters under `lax.scan`, so that a stage is compiled once however deep it is.
+The network sees features and a hierarchy, never coordinates. The equal blocks of a stage are one
+block with stacked parameters under `lax.scan`, so that a stage is compiled once however deep it is.
 """
 
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from point_jax.geometry.curves import CURVES, Curve
@@ -129,11 +130,11 @@ class Block(nnx.Module):
     def _attention(self, x: jax.Array, level: Level, order: jax.Array) -> jax.Array:
         layout, heads = level.patches[self.stage.patch_size], self.stage.heads
         slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
-        patches, width = layout.segment.shape
+        patches = len(layout.segment)
         slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
-        qkv = self.qkv(slots).reshape(patches, width, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+        qkv = rearrange(self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads)
         mixed = patch_attention(qkv[0], qkv[1], qkv[2], layout.segment, layout.used)
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(patches * width, -1)
+        mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
         return self.proj(from_slots(mixed, slot_point, point_slot))
 
 
@@ -235,8 +236,8 @@ def _keep(
 ) -> tuple[jax.Array, jax.Array]:
     """Drop-path factors of a stage's two branches: (depth, N) each, or (depth,) ones without keys.
 
-    Drop path acts on single points, as upstream. A point's bits depend on its cloud's key and its index
-    in the cloud, so not on what else is in the row.
+    Drop path acts on single points, as upstream. A point's bits depend on its cloud's key and its
+    index in the cloud, so not on what else is in the row.
     """
     if drop_keys is None:
         ones = jnp.ones(rates.shape)
@@ -276,9 +277,9 @@ class PTv3(nnx.Module):
             below = spec.encoder[-1].channels
             for level in reversed(range(len(spec.decoder))):
                 stage, skipped = spec.decoder[level], spec.encoder[level].channels
-                built = Stage(stage, spec, rates[level][::-1])
-                built.up = Up(below, skipped, stage.channels, spec.dtype, rngs=rngs)
-                self.dec[f"stage{level}"] = built
+                self.dec[f"stage{level}"] = Stage(stage, spec, rates[level][::-1])
+                up = Up(below, skipped, stage.channels, spec.dtype, rngs=rngs)
+                self.dec[f"stage{level}"].up = up
                 below = stage.channels
         self.spec = spec
 

@@ -1,8 +1,8 @@
 """What the trainer needs of an objective: four pure functions and the names of its metrics.
 
-A step makes rows from scenes, one a scene; then the targets of all rows of the global batch together;
-then differentiates the loss row by row and adds up. A device with several rows loops over them and
-never gets a longer one, so the same global batch gives the same numbers on every layout.
+A step makes rows from scenes, one a scene; then the targets of all rows of the global batch
+together; then differentiates the loss row by row and adds up. A device with several rows loops over
+them and never gets a longer one, so the same global batch gives the same numbers on every layout.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,10 @@ class Objective(Protocol):
     def targets(
         self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: str | None
     ) -> Targets:
-        """Targets for this device's rows (leading axis), with sums across the mesh axis. No gradient."""
+        """Targets for this device's rows (leading axis), with sums across the mesh axis.
+
+        No gradient.
+        """
         ...
 
     def loss(
@@ -57,7 +60,7 @@ class Objective(Protocol):
         key: jax.Array,
         schedule: Schedule,
     ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-        """(sum, (count, stats)) of one row; the loss of a batch is the sum of sums over that of counts."""
+        """(sum, (count, stats)) of one row; a batch's loss is its sums over its counts."""
         ...
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:

@@ -54,9 +54,12 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
         raise ValueError(f"network: depths, channels and heads need one length, got {lists}")
     if network["dtype"] not in _DTYPES:
         raise ValueError(f"network.dtype={network['dtype']!r}; expected one of {list(_DTYPES)}")
-    stages = zip(*lists.values(), strict=True)
+    stages = zip(lists["depths"], lists["channels"], lists["heads"], strict=True)
     return PTv3Spec(
-        encoder=tuple(StageSpec(*numbers, network["patch_size"]) for numbers in stages),
+        encoder=tuple(
+            StageSpec(depth, channels, heads, network["patch_size"])
+            for depth, channels, heads in stages
+        ),
         mlp_ratio=network["mlp_ratio"],
         drop_path=network["drop_path"],
         layer_scale=network["layer_scale"] or None,
@@ -65,7 +68,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     )
 
 
-def make_sonata(config: ConfigDict) -> Sonata:
+def make_sonata(config: Any) -> Sonata:
     """The Sonata objective of a config: its sections `network`, `views` and `objective`.
 
     Raises:

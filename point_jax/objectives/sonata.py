@@ -1,10 +1,10 @@
 """Sonata (arXiv:2503.16429): self-distillation of a point encoder.
 
-The teacher, a moving average of the student, sees two large views of a scene. The student sees the same
-two with blocks of points masked and jittered, and four small views. For every point of the student the
-nearest point of a teacher's view says to which prototypes it belongs: the same view (mask), the other
-one (roll), and for the small views the major one (unmask). Sinkhorn-Knopp over the global batch keeps
-the prototypes evenly used.
+The teacher, a moving average of the student, sees two large views of a scene. The student sees the
+same two with blocks of points masked and jittered, and four small views. For every point of the
+student the nearest point of a teacher's view says to which prototypes it belongs: the same view
+(mask), the other one (roll), and for the small views the major one (unmask). Sinkhorn-Knopp over
+the global batch keeps the prototypes evenly used.
 """
 
 import math
@@ -102,8 +102,8 @@ class Row(NamedTuple):
 
     Attributes:
       teacher, masked, local: the views that the teacher sees, the same masked, and the small ones.
-      matches: for each loss the teacher's point (index on the heads' level) of every student's point;
-        the capacity A of the teacher's level for none.
+      matches: for each loss the teacher's point (index on the heads' level) of every student's
+        point; the capacity A of the teacher's level for none.
       key: of the row's drop path.
       scenes: () float32, 1; 0 if the scene is empty.
     """
@@ -149,7 +149,8 @@ class Sonata:
         """Views, masks, structure and matches of a scene.
 
         Args:
-          scene: `coord` (P, 3) float32 metres, `color` (P, 3) 0-255, `normal` (P, 3), `count` () int32.
+          scene: `coord` (P, 3) float32 metres, `color` (P, 3) 0-255, `normal` (P, 3),
+            `count` () int32.
           key: of this scene in this step.
           schedule: `mask_size` metres and `mask_ratio`, () float32.
         """
@@ -170,7 +171,7 @@ class Sonata:
         )
         # The teacher's row and the masked one have one shape: a loop compiles it once.
         sides = jax.lax.map(
-            lambda side: self._views(large, *side, self.global_rows),
+            lambda side: self._views(large, side[0], side[1], self.global_rows),
             (jnp.stack([large.coord, jittered]), jnp.stack([jnp.zeros_like(mask), mask])),
         )
         row = self.assemble(
@@ -255,8 +256,11 @@ class Sonata:
         grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
         features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
         cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
-        flat = [x.reshape(count * capacity, *x.shape[2:]) for x in (grid, views.origin, features)]
-        return self.arrange(*flat, cloud.reshape(-1), valid.reshape(-1), mask.reshape(-1), spec)
+        grid, origin, features = (
+            x.reshape(count * capacity, *x.shape[2:]) for x in (grid, views.origin, features)
+        )
+        cloud, valid, mask = (x.reshape(-1) for x in (cloud, valid, mask))
+        return self.arrange(grid, origin, features, cloud, valid, mask, spec)
 
     def targets(
         self,
@@ -308,10 +312,9 @@ class Sonata:
         point; normalising points last leaves a softmax, so only the prototypes' scales are kept.
         """
         head = head_of(name)
-        scale = None
-        for _ in range(SINKHORN_STEPS):
 
-            def add(total, this, scale=scale):
+        def one_round(scale: jax.Array | None) -> jax.Array:
+            def add(total, this):
                 embedding, row = this
                 match, count = row.matches[name], self._student_level(row, name).count
                 weight = (match < len(embedding)).astype(jnp.float32)
@@ -332,11 +335,15 @@ class Sonata:
                 top = jnp.where(jnp.isfinite(top), top, 0.0)
                 total = top + jnp.log(jax.lax.psum(jnp.exp(total - top), axis))
             # Without any match there is nothing to scale.
-            scale = jnp.where(jnp.isfinite(total), -total, 0.0)
+            return jnp.where(jnp.isfinite(total), -total, 0.0)
+
+        scale = one_round(None)
+        for _ in range(SINKHORN_STEPS - 1):
+            scale = one_round(scale)
         return scale
 
     def _matched_views(self, rows: Row, axis: str | None) -> dict[str, jax.Array]:
-        """By how many views each loss is divided, per scene of the global batch: () float32 each."""
+        """How many views divide each loss, per scene of the global batch: () float32 each."""
         views = self.spec.views
         fixed = {
             "mask": views.global_count,
@@ -362,7 +369,7 @@ class Sonata:
         key: jax.Array,
         schedule: Schedule,
     ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-        """The weighted losses of a row, each the mean over its views of the mean over matched points.
+        """Weighted losses of a row, each the mean over its views of the mean over matched points.
 
         Args:
           student: parameters; differentiated.
@@ -432,8 +439,8 @@ class Sonata:
 
         Entropies are over the log of the number of prototypes: 1 is uniform, 0 certain. Use is the
         perplexity of the mean assignment over the number of prototypes: 1 when all are used evenly,
-        near 0 in a collapse. `feature_std` is the mean over channels of the standard deviation of the
-        teacher's features over points, relative to their root mean square: 0 in a collapse.
+        near 0 in a collapse. `feature_std` is the mean over channels of the standard deviation of
+        the teacher's features over points, relative to their root mean square: 0 in a collapse.
         """
         rows = jnp.maximum(stats["rows"], 1.0)
         out = {f"{name}_loss": stats[name]["loss"] / rows for name in LOSSES}

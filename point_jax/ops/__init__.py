@@ -1,1 +1,1 @@
-"""Differentiable primitives over the integer structure of a row; gradients are gathers, not scatters."""
+"""Differentiable primitives over a row's integer structure; gradients are gathers, not scatters."""

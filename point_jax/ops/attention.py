@@ -1,8 +1,9 @@
 """Attention within patches, under a segment mask, without storing the K x K scores.
 
-The forward pass keeps the output and the log-sum-exp of each query; the backward pass makes the scores
-again (FlashAttention, arXiv:2205.14135). On CPUs one patch and head at a time keeps the scores in the
-cache and the matrix products in their fastest form; patches of padding are never visited.
+The forward pass keeps the output and the log-sum-exp of each query; the backward pass makes the
+scores again (FlashAttention, arXiv:2205.14135). On CPUs one patch and head at a time keeps the
+scores in the cache and the matrix products in their fastest form; patches of padding are never
+visited.
 """
 
 import jax

@@ -22,9 +22,9 @@ def submanifold_conv(
 ) -> jax.Array:
     """out[p] = sum over taps k of x[neighbours[k, p]] @ weight[k].
 
-    Duplicated voxels (level 0 in training): every row reads the representative of a neighbour voxel and
-    itself at the centre. This rule is symmetric, deterministic and has exact gradients; the originals'
-    differs before and after the centre (REFERENCE quirk 5).
+    Duplicated voxels (level 0 in training): every row reads the representative of a neighbour voxel
+    and itself at the centre. This rule is symmetric, deterministic and has exact gradients; the
+    originals' differs before and after the centre (REFERENCE quirk 5).
 
     Args:
       x: (N, C).

@@ -1,7 +1,7 @@
 """Gathers along the structure of a row whose gradients are gathers too.
 
-XLA turns the transpose of an indexing into a scatter-add, which is slow and, on GPUs, adds in an order
-that changes from run to run. Here each gather knows its inverse.
+XLA turns the transpose of an indexing into a scatter-add, which is slow and, on GPUs, adds in an
+order that changes from run to run. Here each gather knows its inverse.
 """
 
 import jax
@@ -38,7 +38,7 @@ def _to_slots_fwd(x, slot_point, point_slot, point_borrowed):
 
 
 def _to_slots_bwd(saved, g):
-    slot_point, point_slot, point_borrowed = saved
+    _, point_slot, point_borrowed = saved
     grad = take_rows(g, point_slot) + take_rows(g, point_borrowed)
     return grad, None, None, None
 

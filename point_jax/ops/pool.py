@@ -1,7 +1,7 @@
 """Reductions over clusters, whose points are contiguous rows.
 
-A cluster of distinct voxels has at most 8 points, one of duplicated voxels more; the loops run as often
-as the largest cluster of the row needs.
+A cluster of distinct voxels has at most 8 points, one of duplicated voxels more; the loops run as
+often as the largest cluster of the row needs.
 """
 
 import jax
@@ -44,7 +44,7 @@ def cluster_mean(x: jax.Array, first_child: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def cluster_max(x: jax.Array, parent: jax.Array, first_child: jax.Array) -> jax.Array:
-    """Channelwise maximum over each cluster's points; the gradient goes to the first that attains it.
+    """Channelwise maximum over each cluster's points; the first that attains it gets the gradient.
 
     Args:
       x: (N, C).

@@ -37,8 +37,8 @@ def log_sum_over_points(
     Args:
       embedding: (A, E) float32.
       directions: (Q, E) float32.
-      log_scale: (Q,) scales of the prototypes, by which each point's assignment is normalised first;
-        None for the raw exponentials of the first half-step.
+      log_scale: (Q,) scales of the prototypes, by which each point's assignment is normalised
+        first; None for the raw exponentials of the first half-step.
       weight: (A,) float32, 1 for points that take part, else 0.
       count: () int32, points from here on take no part (their blocks are skipped).
       temperature: () float32.
@@ -105,7 +105,7 @@ def prototype_loss(
 
 
 def _assignments(student, student_directions, blocks, temperature, i, size):
-    """Weights, log of the student's and of the teacher's assignment for block i: (block, Q) each."""
+    """Weights, logs of the student's and the teacher's assignments for block i: (block, Q) each."""
     teacher, teacher_directions, log_scale, weight, _, teacher_temperature = blocks
     use, fresh = _block(weight, i, size)
     use = jnp.where(fresh, use, 0.0)
@@ -159,7 +159,8 @@ def _loss_bwd(saved, grads):
         rate = (use * _block(slope, i, size)[0] / temperature)[:, None]
         score_slope = rate * (jnp.exp(p) - jnp.exp(t))
         start = jnp.minimum(i * size, len(student) - size)
-        # Rows of weight 0 add nothing, so the overlap of the last block is added to, not written over.
+        # Rows of weight 0 add nothing, so the overlap of the last block is added to, not written
+        # over.
         before = jax.lax.dynamic_slice_in_dim(grad, start, size)
         grad = jax.lax.dynamic_update_slice_in_dim(
             grad, before + score_slope @ student_directions, start, axis=0

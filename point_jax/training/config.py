@@ -28,7 +28,7 @@ class ConfigError(ValueError):
     """A key or value that the person who started the run has to change."""
 
 
-def default_config() -> ConfigDict:
+def default_config() -> Config:
     """Defaults of everything that this package reads: Sonata's base recipe.
 
     A config file starts from this and adds `config.objective` and `config.data`. The sections are

@@ -156,6 +156,8 @@ def train(
             meta = {"scenes": number * scenes, **resolved(config)}
             checkpoints.save(number, state, meta)
 
+        kind = devices.devices.flat[0].platform
+        say(f"training on {devices.size} {kind} device(s); the first step compiles for a while")
         # ---- The steps.
         stopped_by = resources.enter_context(_stop_signals())
         saved, pending = start, None

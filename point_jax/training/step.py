@@ -1,25 +1,29 @@
 """The training step: one jitted `shard_map` from scenes to new parameters.
 
-Each device makes the rows of its scenes, the teacher's targets are settled across devices (Sinkhorn's
-sums), the loss is differentiated row by row, and one sum over the mesh joins gradients and statistics.
+Each device makes the rows of its scenes, the teacher's targets are settled across devices
+(Sinkhorn's sums), the loss is differentiated row by row, and one sum over the mesh joins gradients
+and statistics.
 """
 
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
 from point_jax.objectives.interface import Objective
+from point_jax.training.config import Config
 from point_jax.training.optimizer import adamw, clip_by_global_norm, layer_scales, move_teacher
 from point_jax.training.state import State
 
 AXIS = "data"
 
 
-def make_train_step(objective: Objective, config: ConfigDict, mesh: Mesh):
+def make_train_step(
+    objective: Objective, config: Config, mesh: Mesh
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """The step function of a run.
 
     Args:
@@ -28,9 +32,9 @@ def make_train_step(objective: Objective, config: ConfigDict, mesh: Mesh):
       mesh: one axis, `data`.
 
     Returns:
-      `step(state, batch, schedule) -> (state, metrics)`, jitted; the state is donated. `batch` has a
-      leading axis of the scenes of all devices, `schedule` float32 scalars, `metrics` are () float32. A
-      step whose loss or gradient is not finite changes nothing but the counters.
+      `step(state, batch, schedule) -> (state, metrics)`, jitted; the state is donated. `batch` has
+      a leading axis of the scenes of all devices, `schedule` float32 scalars, `metrics` are
+      () float32. A step whose loss or gradient is not finite changes nothing but the counters.
     """
     optim = config.optim.copy_and_resolve_references()
     run_key = jax.random.key(config.seed)
@@ -56,9 +60,9 @@ def make_train_step(objective: Objective, config: ConfigDict, mesh: Mesh):
             )
             return jax.tree.map(jnp.add, total, (grads, count, stats)), None
 
-        first = jax.tree.map(lambda x: x[0], (rows, targets.rows))
+        row, target = jax.tree.map(lambda x: x[0], (rows, targets.rows))
         shapes = jax.eval_shape(
-            lambda: objective.loss(student, *first, targets.shared, pass_key, schedule)[1]
+            lambda: objective.loss(student, row, target, targets.shared, pass_key, schedule)[1]
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, *shapes))
         (grads, count, loss_stats), _ = jax.lax.scan(add_row, zeros, (rows, targets.rows))

@@ -1,0 +1,72 @@
+"""The smallest real run: every part of the objective at sizes that compile in seconds."""
+
+import jax
+import numpy as np
+
+from configs import sonata
+
+
+def small_config():
+    """A config of two levels on tiny scenes."""
+    config = sonata.get_config("tiny")
+    config.train.batch = 8
+    config.network.depths = (1, 1)
+    config.network.channels = (8, 16)
+    config.network.heads = (1, 2)
+    config.network.patch_size = 32
+    config.views.grid_size = 0.1
+    config.views.max_size = 128
+    config.views.geometry.elastic = ()
+    config.objective.shares = (1.0, 0.5)
+    config.objective.up_cast = 1
+    config.objective.hidden = 16
+    config.objective.embed = 8
+    config.objective.prototypes = 16
+    config.data.scene_points = 256
+    return config
+
+
+SCHEDULE = {
+    "lr": 1e-3,
+    "beta1": 0.9,
+    "wd": 0.04,
+    "mask_size": 0.4,
+    "mask_ratio": 0.5,
+    "teacher_temp": 0.07,
+    "momentum": 0.9,
+}
+
+
+def small_batch(scenes=8, points=256, seed=0, size=1.2):
+    """Walls and floors of little boxes of some size in metres, as the host ships them."""
+    rng = np.random.default_rng(seed)
+    coord = rng.uniform(0, [size, size, size / 2], (scenes, points, 3))
+    coord[:, ::2, 2] = 0
+    coord[:, 1::4, 0] = 0
+    return {
+        "coord": coord.astype(np.float32),
+        "color": rng.integers(0, 256, (scenes, points, 3), np.uint8),
+        "normal": np.broadcast_to(np.float32([0, 0, 1]), (scenes, points, 3)).copy(),
+        "count": np.full(scenes, points, np.int32),
+        "cut": np.zeros(scenes, np.float32),
+        "scene": np.arange(scenes, dtype=np.int32),
+    }
+
+
+def schedule(**changes):
+    """Scheduled values as the loop passes them."""
+    return {name: np.float32(value) for name, value in (SCHEDULE | changes).items()}
+
+
+def run(objective, config, mesh, batches, values=None):
+    """State and metrics after a step on each batch, from the config's seed."""
+    from point_jax.training.mesh import put_batch, replicated
+    from point_jax.training.state import init_state
+    from point_jax.training.step import make_train_step
+
+    make = jax.jit(lambda: init_state(objective, config.seed), out_shardings=replicated(mesh))
+    state, step, metrics = make(), make_train_step(objective, config, mesh), {}
+    for batch in batches:
+        placed = put_batch(mesh, batch, len(batch["count"]))
+        state, metrics = jax.block_until_ready(step(state, placed, values or schedule()))
+    return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}
