@@ -132,7 +132,9 @@ class Block(nnx.Module):
         slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
         patches = len(layout.segment)
         slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
-        qkv = rearrange(self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads)
+        qkv = rearrange(
+            self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
+        )
         mixed = patch_attention(qkv[0], qkv[1], qkv[2], layout.segment, layout.used)
         mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
         return self.proj(from_slots(mixed, slot_point, point_slot))
