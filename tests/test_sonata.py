@@ -1,5 +1,7 @@
 """The objective equals the original's, piece by piece and as a whole step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -280,6 +282,19 @@ def test_a_step_equals_the_original():
         found = (np.asarray(golden.rows.matches[name]) < golden.rows.teacher.origin.shape[1]).sum()
         assert found == len(golden.arrays[f"{theirs}.match_index"])
     check_step(golden, *golden.run(), 1e-4, 0.05, 0.15)
+
+
+def test_views_without_a_match_can_be_left_out_of_the_mean():
+    golden = GoldenStep("f3_sonata_step_nodup")
+    spec = dataclasses.replace(golden.objective.spec, matched_views_only=True)
+    objective, rows = Sonata(spec), golden.rows
+    views = objective._matched_views(rows, None)
+    assert {name: float(v) for name, v in views.items()} == {"mask": 2, "roll": 2, "unmask": 4}
+    cloud = rows.masked.hierarchy[2].cloud
+    none = rows.teacher.origin.shape[1]
+    matches = rows.matches | {"mask": jnp.where(cloud == 1, none, rows.matches["mask"])}
+    views = objective._matched_views(rows._replace(matches=matches), None)
+    assert {name: float(v) for name, v in views.items()} == {"mask": 1, "roll": 2, "unmask": 4}
 
 
 def test_a_step_with_duplicated_voxels_is_near_the_original():
