@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 For: 2 CPU cores, under 5 minutes with compilation.
-Expect: the loss falls from about 5 to below 4, and in pictures/pca.png the trained teacher tells
-floor, walls and furniture apart in rooms that it has never seen.
+Expect: the loss falls from 6.0 to 5.5 (chance is log 256 = 5.55); pictures/pca.png shows rooms that
+it has never seen. A minute of training shows that everything works; an hour makes features.
 """
 
 from configs import sonata
@@ -14,7 +14,7 @@ from point_jax.training.config import Config
 def get_config() -> Config:
     """The config of the quickstart."""
     config = sonata.get_config("tiny")
-    config.train.steps = 80
+    config.train.steps = 64
     config.train.batch = 2
     config.train.log_every = 1
     config.checkpoint.every = 4
@@ -22,13 +22,14 @@ def get_config() -> Config:
     config.schedule.mask_size = (0.2, 0.6)
     config.schedule.momentum = (0.96, 1.0)  # a short run needs a teacher that moves
 
-    config.network.depths = (1, 1, 1, 2, 1)
-    config.network.channels = (24, 48, 96, 128, 160)
-    config.network.heads = (2, 4, 6, 8, 10)
+    config.network.depths = (1, 1, 2, 1)
+    config.network.channels = (24, 48, 96, 160)
+    config.network.heads = (2, 4, 6, 10)
     config.network.patch_size = 256
     config.network.drop_path = 0.1
     config.views.grid_size = 0.04
-    config.views.max_size = 6144
+    config.views.max_size = 4096
+    config.objective.shares = (1.0, 0.6, 0.3, 0.1)
     config.objective.hidden = 256
     config.objective.embed = 64
     config.objective.prototypes = 256
