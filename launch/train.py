@@ -38,7 +38,7 @@ CURVES = [
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
     config, workdir = config_lib.parse_command_line(argv)
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # A run that is resumed compiles nothing; JAX_COMPILATION_CACHE_DIR chooses another place.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "point_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
