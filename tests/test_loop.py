@@ -223,10 +223,11 @@ def test_an_error_is_one_line_and_a_code(tmp_path):
 def test_the_progress_needs_no_terminal(unbroken, tmp_path, capsys):
     run(tmp_path)
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("step 1/12  loss 0.")
-    assert out[1].startswith("step 12/12  loss 0.")
-    assert out[2].startswith("finished: 12 steps, loss 0.")
-    assert out[3] == f"  parameters  sha256 {digest(unbroken)}"
+    assert out[0] == "training on 1 cpu device(s); the first step compiles for a while"
+    assert out[1].startswith("step 1/12  loss 0.")
+    assert out[2].startswith("step 12/12  loss 0.")
+    assert out[3].startswith("finished: 12 steps, loss 0.")
+    assert out[4] == f"  parameters  sha256 {digest(unbroken)}"
 
 
 def test_pictures_get_the_untrained_and_the_trained_teacher(tmp_path, capsys):
