@@ -14,7 +14,7 @@ from point_jax.training.config import Config
 def get_config() -> Config:
     """The config of the quickstart."""
     config = sonata.get_config("tiny")
-    config.train.steps = 64
+    config.train.steps = 36
     config.train.batch = 2
     config.train.log_every = 1
     config.checkpoint.every = 4

@@ -106,10 +106,8 @@ class Block(nnx.Module):
         self.proj = linear(channels, channels, dtype, rngs)
         self.norm2 = layer_norm(channels, rngs)
         self.mlp = Mlp(channels, int(channels * spec.mlp_ratio), channels, dtype, rngs=rngs)
-        self.scale1 = self.scale2 = None
-        if spec.layer_scale is not None:
-            self.scale1 = nnx.Param(jnp.full(channels, spec.layer_scale))
-            self.scale2 = nnx.Param(jnp.full(channels, spec.layer_scale))
+        self.scale1 = _layer_scale(channels, spec.layer_scale)
+        self.scale2 = _layer_scale(channels, spec.layer_scale)
         self.stage = stage
 
     def __call__(
@@ -138,6 +136,10 @@ class Block(nnx.Module):
         mixed = patch_attention(qkv[0], qkv[1], qkv[2], layout.segment, layout.used)
         mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
         return self.proj(from_slots(mixed, slot_point, point_slot))
+
+
+def _layer_scale(channels: int, start: float | None) -> nnx.Param | None:
+    return None if start is None else nnx.Param(jnp.full(channels, start))
 
 
 def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array:
