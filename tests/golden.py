@@ -51,6 +51,7 @@ def make_row(
     depths: np.ndarray | None,
     capacities: tuple[int, ...],
     clouds: int | None = None,
+    stem_radius: int = 0,
 ) -> Row:
     """Sorts points into a row and builds its hierarchy for an original's `config`."""
     sizes = [{size} for size in config["enc_patch_size"]]
@@ -61,6 +62,7 @@ def make_row(
         clouds=clouds or int(cloud.max()) + 1,
         patch_sizes=tuple(tuple(sorted(s)) for s in sizes),
         curves=tuple(config["order"]),
+        stem_radius=stem_radius,
     )
     order, count, _ = sort_row(
         jnp.asarray(grid, jnp.int32),

@@ -4,6 +4,10 @@ import jax
 import numpy as np
 
 from configs import sonata
+from point_jax.objectives.settings import make_sonata
+from point_jax.training.mesh import put_batch, replicated
+from point_jax.training.state import init_state
+from point_jax.training.step import make_train_step
 
 
 def small_config():
@@ -11,9 +15,13 @@ def small_config():
     config = sonata.get_config("tiny")
     config.train.batch = 8
     config.network.depths = (1, 1)
-    config.network.channels = (8, 16)
+    config.network.channels = (6, 12)
     config.network.heads = (1, 2)
     config.network.patch_size = 32
+    config.network.rotary_base = 10.0
+    config.network.rotary_shift = 0.1
+    config.network.rotary_jitter = 1.1
+    config.network.rotary_rescale = 1.2
     config.views.grid_size = 0.1
     config.views.max_size = 128
     config.views.geometry.elastic = ()
@@ -58,15 +66,18 @@ def schedule(**changes):
     return {name: np.float32(value) for name, value in (SCHEDULE | changes).items()}
 
 
-def run(objective, config, mesh, batches, values=None):
-    """State and metrics after a step on each batch, from the config's seed."""
-    from point_jax.training.mesh import put_batch, replicated
-    from point_jax.training.state import init_state
-    from point_jax.training.step import make_train_step
+class Step:
+    """One compiled step of a config's objective on a mesh, always from the config's seed."""
 
-    make = jax.jit(lambda: init_state(objective, config.seed), out_shardings=replicated(mesh))
-    state, step, metrics = make(), make_train_step(objective, config, mesh), {}
-    for batch in batches:
-        placed = put_batch(mesh, batch, len(batch["count"]))
-        state, metrics = jax.block_until_ready(step(state, placed, values or schedule()))
-    return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}
+    def __init__(self, config, mesh):
+        self.objective, self.mesh = make_sonata(config), mesh
+        self.make = jax.jit(
+            lambda: init_state(self.objective, config.seed), out_shardings=replicated(mesh)
+        )
+        self.step = make_train_step(self.objective, config, mesh)
+
+    def __call__(self, batch, **changes):
+        """State and metrics after a step on a batch."""
+        placed = put_batch(self.mesh, batch, len(batch["count"]))
+        state, metrics = self.step(self.make(), placed, schedule(**changes))
+        return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}

@@ -8,9 +8,15 @@ import pytest
 from golden import build_hierarchy_jit, clouds_of, level_key, load, make_row, voxel_key
 
 from point_jax.geometry.hierarchy import HierarchySpec, sort_row
-from point_jax.geometry.neighbours import CENTRE, OFFSETS
+from point_jax.geometry.neighbours import offsets
 
-GOLDEN = ["b1_ptv3m2_enc_noflash", "b3_ptv3m2_enc_varlen", "c3_ptv3m2_encdec_varlen"]
+GOLDEN = [
+    "b1_ptv3m2_enc_noflash",
+    "b3_ptv3m2_enc_varlen",
+    "c3_ptv3m2_encdec_varlen",
+    "e1_ptv3m1_encdec_noflash",
+    "e3_ptv3m1_encdec_varlen",
+]
 
 
 def golden_row(arrays, config):
@@ -77,6 +83,7 @@ SPEC = HierarchySpec(
     clouds=5,
     patch_sizes=((48,), (48,), (48, 16)),
     curves=("z", "hilbert"),
+    stem_radius=2,
 )
 
 
@@ -101,7 +108,11 @@ def random_row(seed, duplicates, spec=SPEC):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("duplicates", [False, True])
 def test_neighbours_are_the_first_rows_of_the_voxels_around(seed, duplicates):
-    for level in random_row(seed, duplicates):
+    hierarchy = random_row(seed, duplicates)
+    tables = [(level, level.neighbours, offsets(1)) for level in hierarchy]
+    tables.append((hierarchy[0], hierarchy[0].stem_neighbours, offsets(2)))
+    assert all(level.stem_neighbours is None for level in hierarchy[1:])
+    for level, neighbours, around in tables:
         used = int(level.count)
         grid, cloud = np.asarray(level.grid)[:used], np.asarray(level.cloud)[:used]
         first_row = {}
@@ -109,15 +120,15 @@ def test_neighbours_are_the_first_rows_of_the_voxels_around(seed, duplicates):
             first_row.setdefault((cloud[i], *grid[i]), i)
         representative = [first_row[(cloud[i], *grid[i])] for i in range(used)]
         np.testing.assert_array_equal(np.asarray(level.voxel)[:used], representative)
-        for tap, offset in enumerate(OFFSETS):
+        for tap, offset in enumerate(around):
             want = [
                 i
-                if tap == CENTRE
+                if tap == len(around) // 2
                 else first_row.get((cloud[i], *(grid[i] + offset)), len(level.cloud))
                 for i in range(used)
             ]
-            np.testing.assert_array_equal(np.asarray(level.neighbours[tap])[:used], want)
-        assert (np.asarray(level.neighbours)[:, used:] == len(level.cloud)).all()
+            np.testing.assert_array_equal(np.asarray(neighbours[tap])[:used], want)
+        assert (np.asarray(neighbours)[:, used:] == len(level.cloud)).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -149,6 +160,23 @@ def test_orders_by_appearance_equal_sorted_ones_where_the_depth_falls():
         spec = HierarchySpec(SPEC.capacities[index:], 5, SPEC.patch_sizes[index:], SPEC.curves)
         alone = build_hierarchy_jit(level.grid, level.cloud, level.count, spec=spec)
         np.testing.assert_array_equal(alone[0].orders, level.orders)
+
+
+def test_depths_that_fall_by_one_never_turn_a_hilbert_curve():
+    """A largest coordinate of 2^d - 2 keeps its depth under the rule of grid pooling."""
+    rng = np.random.default_rng(0)
+    grid = np.unique(rng.integers(0, 15, (200, 3)), axis=0).astype(np.int32)  # 14 needs 4 bits
+    grid = np.concatenate([grid, [[14, 14, 14]]]).astype(np.int32)
+    cloud = np.zeros(len(grid), np.int32)
+    order, count, _ = sort_row(grid, cloud, np.ones(len(grid), bool), 256)
+    at = np.minimum(order, len(grid) - 1)
+    for refit, depths in ((True, (4, 4)), (False, (4, 3))):
+        spec = HierarchySpec((256, 200), 1, ((48,), (48,)), ("hilbert",), refit_depths=refit)
+        ours = build_hierarchy_jit(grid[at], cloud[at], count, spec=spec)
+        given = build_hierarchy_jit(
+            grid[at], cloud[at], count, spec=spec, depths=jnp.array(depths, jnp.int32)[:, None]
+        )
+        np.testing.assert_array_equal(ours[1].orders, given[1].orders)
 
 
 def test_overflow_is_counted_and_what_fits_is_kept():

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from test_hierarchy import random_row
 
-from point_jax.geometry.neighbours import CENTRE
+from point_jax.geometry.neighbours import TAPS
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
-from point_jax.ops.gather import from_slots, to_children, to_slots
+from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
 from point_jax.ops.pool import cluster_max, cluster_mean
+from point_jax.ops.rotary import rotate
 
 
 def normal(seed, *shape):
@@ -49,10 +50,10 @@ def test_convolution_reads_the_representatives_around_and_itself(duplicates):
 
 
 def test_convolution_of_a_single_voxel_is_the_centre_tap():
-    neighbours = jnp.full((27, 1), 1, jnp.int32).at[CENTRE].set(0)
+    neighbours = jnp.full((27, 1), 1, jnp.int32).at[TAPS // 2].set(0)
     x, weight = normal(0, 1, 4), normal(1, 27, 4, 3)
     out = submanifold_conv(x, weight, neighbours, jnp.zeros(1, jnp.int32), jnp.int32(1))
-    np.testing.assert_allclose(out, x @ weight[CENTRE], rtol=1e-6)
+    np.testing.assert_allclose(out, x @ weight[TAPS // 2], rtol=1e-6)
 
 
 def test_convolution_skips_blocks_of_padding_even_with_nan():
@@ -117,8 +118,8 @@ def test_mean_over_clusters():
     np.testing.assert_allclose(cluster_mean(x, coarse.first_child), reference(x), atol=1e-6)
 
 
-def naive_attention(q, k, v, segment):
-    scores = jnp.einsum("phqd,phkd->phqk", q, k) * q.shape[-1] ** -0.5
+def naive_attention(q, k, v, segment, bias=0.0):
+    scores = jnp.einsum("phqd,phkd->phqk", q, k) * q.shape[-1] ** -0.5 + bias
     same = segment[:, None, :, None] == segment[:, None, None, :]
     return jnp.einsum("phqk,phkd->phqd", jax.nn.softmax(jnp.where(same, scores, -1e30), -1), v)
 
@@ -137,3 +138,41 @@ def test_attention_is_softmax_within_a_segment_of_a_patch():
 
     shape = patches, 2, width, 8
     assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape))
+
+
+def test_relative_bias_is_read_by_the_clipped_voxel_difference_of_each_axis():
+    level = random_row(0, False)[0]
+    layout = level.patches[48]
+    patches, width = layout.segment.shape
+    used = (jnp.arange(patches) < layout.used)[:, None, None, None]
+    grid = take_rows(level.grid, layout.slot_point[1]).reshape(patches, width, 3)
+    apart = grid[:, :, None] - grid[:, None]  # query minus key
+    bound = 4
+    assert (jnp.abs(apart) > bound).any()
+
+    def ours(q, k, v, table):
+        return patch_attention(q, k, v, layout.segment, layout.used, grid, table)
+
+    def reference(q, k, v, table):
+        index = jnp.clip(apart, -bound, bound) + bound
+        bias = sum(table[axis][index[..., axis]] for axis in range(3)).transpose(0, 3, 1, 2)
+        return jnp.where(used, naive_attention(q, k, v, layout.segment, bias), 0)
+
+    shape = patches, 2, width, 8
+    table = normal(3, 3, 2 * bound + 1, 2)
+    assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape), table)
+
+
+def test_rotated_scores_depend_on_relative_positions_alone():
+    q, k, coord = normal(0, 2, 3, 16, 12), normal(1, 2, 3, 16, 12), normal(2, 2, 16, 3)
+
+    def scores(coord):
+        return jnp.einsum("phqd,phkd->phqk", rotate(q, coord, 10.0), rotate(k, coord, 10.0))
+
+    moved = coord + jnp.array([3.0, -2.0, 0.5])[None, None]
+    np.testing.assert_allclose(scores(moved), scores(coord), atol=1e-4)
+    assert np.abs(scores(2 * coord) - scores(coord)).max() > 0.1
+    lengths = [np.linalg.norm(x, axis=-1) for x in (rotate(q, coord, 10.0), q)]
+    np.testing.assert_allclose(*lengths, rtol=1e-5)
+    with pytest.raises(ValueError, match="multiple of 6, got 8"):
+        rotate(normal(0, 1, 1, 4, 8), coord[:1, :4], 10.0)

@@ -7,11 +7,19 @@ import pytest
 
 from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.models.functional import functional
-from point_jax.models.ptv3 import PTv3, PTv3Spec, StageSpec
+from point_jax.models.ptv3 import PTv3
+from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.ops.gather import take_rows
 
-STAGES = tuple(StageSpec(1, *numbers, 48) for numbers in ((8, 1), (16, 2), (24, 3)))
-SPEC = PTv3Spec(STAGES, (StageSpec(1, 8, 1, 48), StageSpec(1, 16, 2, 32)), inputs=4, drop_path=0.5)
+STAGES = tuple(StageSpec(1, *numbers, 48) for numbers in ((6, 1), (12, 2), (18, 3)))
+SPEC = PTv3Spec(
+    STAGES,
+    (StageSpec(1, 6, 1, 48), StageSpec(1, 12, 2, 32)),
+    inputs=4,
+    drop_path=0.5,
+    relative_bias=True,
+    rotary=Rotary(shift=0.5, jitter=1.5, rescale=1.5),
+)
 INIT, APPLY = functional(lambda rngs: PTv3(SPEC, rngs=rngs))
 KEYS = jax.random.split(jax.random.key(7), 8)
 
@@ -46,13 +54,14 @@ def _run_large(*args):
     return _run((640, 448, 300), *args)
 
 
-def _run(capacities, params, grid, cloud, valid, features, drop_keys):
+def _run(capacities, params, grid, cloud, valid, features, noise_keys):
     order, count, _ = sort_row(grid, cloud, valid, capacities[0])
     spec = SPEC.hierarchy(capacities, clouds=4)
     hierarchy = build_hierarchy(take_rows(grid, order), take_rows(cloud, order), count, spec)
     # The row's padding gets what the features' padding holds.
     x = features[jnp.where(jnp.arange(len(order)) < count, order, len(features) - 1)]
-    out = APPLY(params, x, hierarchy, mask=x[:, 0] > 1, drop_keys=drop_keys)
+    coord = 0.1 * take_rows(grid, order)
+    out = APPLY(params, x, hierarchy, mask=x[:, 0] > 1, coord=coord, noise_keys=noise_keys)
     at_points = []
     for level, features in enumerate(out.levels):
         for finer in reversed(hierarchy[:level]):
@@ -141,7 +150,7 @@ def test_drop_path_of_a_cloud_depends_on_its_key_alone(params):
 
 
 def test_drop_path_keeps_the_mean_of_a_branch():
-    from point_jax.models.ptv3 import _keep
+    from point_jax.models.block import _keep
 
     grid = np.stack(np.meshgrid(*[np.arange(12)] * 3), -1).reshape(-1, 3).astype(np.int32)
     spec = SPEC.hierarchy((1728,) * 3, clouds=1)

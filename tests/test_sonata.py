@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import clouds_of, load
-from test_ptv3 import close, spec_of
+from test_ptv3 import close
 
 from point_jax.data.views import ViewSpec
 from point_jax.geometry.curves import curve_depth
 from point_jax.geometry.matching import nearest
 from point_jax.interop.pointcept import from_state_dict, to_state_dict
+from point_jax.interop.release import spec_of
 from point_jax.models import layers
 from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster
-from point_jax.objectives.sonata import LOSSES, Sonata, SonataSpec
+from point_jax.objectives.rows import LOSSES
+from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
 from point_jax.training.optimizer import move_teacher
 
@@ -143,7 +145,8 @@ class GoldenStep:
         self.arrays, about = load(name)
         config = about["config"]
         self.grad_names = about["grad_param_names"]
-        network = spec_of(config["backbone"])
+        backbone = dict(config["backbone"])
+        network = spec_of(backbone, backbone.pop("type"))
         shares = (1.0, 0.75, 0.5, 0.125, 0.0625)
         self.objective = Sonata(
             SonataSpec(network, ViewSpec(max_size=512), shares, hidden=64, embed=32, prototypes=64)
@@ -186,8 +189,9 @@ class GoldenStep:
         def rows(x):
             return jnp.asarray(np.concatenate([x[mine], np.zeros((pad, *x.shape[1:]), x.dtype)]))
 
-        return jax.jit(self.objective.arrange, static_argnums=6)(
+        return jax.jit(self.objective.rows.arrange, static_argnums=7)(
             rows(grid),
+            rows(arrays[f"in.{points}_feat"])[:, :3],
             rows(arrays[f"in.{points}_origin_coord"]),
             rows(arrays[f"in.{points}_feat"]),
             rows(cloud % views),
@@ -199,7 +203,7 @@ class GoldenStep:
 
     def _row(self, scene):
         mask, local = self.arrays["mask"], self.arrays["in.local_offset"][-1]
-        return jax.jit(self.objective.assemble)(
+        return jax.jit(self.objective.rows.assemble)(
             self._views(scene, 2, "teacher_global", "global", np.zeros_like(mask)),
             self._views(scene, 2, "student_mask_global", "global", mask),
             self._views(scene, 4, "student_local", "local", np.zeros(local, bool)),

@@ -4,12 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from small import run, schedule, small_batch, small_config
-
-from point_jax.objectives.settings import make_sonata
-from point_jax.training.mesh import put_batch, replicated
-from point_jax.training.state import init_state
-from point_jax.training.step import make_train_step
+from small import Step, small_batch, small_config
 
 
 def one_device():
@@ -24,11 +19,10 @@ def assert_close(a, b, tolerance):
 @pytest.mark.devices(8)
 def test_one_device_and_eight_give_the_same_step():
     config, batch = small_config(), small_batch()
-    objective = make_sonata(config)
     eight = Mesh(np.array(jax.devices()), ("data",))
     assert eight.size == 8
-    one_state, one = run(objective, config, one_device(), [batch])
-    state, metrics = run(objective, config, eight, [batch])
+    one_state, one = Step(config, one_device())(batch)
+    state, metrics = Step(config, eight)(batch)
     assert one.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(value, one[name], rtol=2e-5, atol=1e-6, err_msg=name)
@@ -38,27 +32,9 @@ def test_one_device_and_eight_give_the_same_step():
     assert_close(state["nu"], one_state["nu"], 1e-4)
 
 
-class Step:
-    """One compiled step for several questions."""
-
-    def __init__(self):
-        self.config, self.mesh = small_config(), one_device()
-        self.objective = make_sonata(self.config)
-        everywhere = replicated(self.mesh)
-        self.make = jax.jit(
-            lambda: init_state(self.objective, self.config.seed), out_shardings=everywhere
-        )
-        self.step = make_train_step(self.objective, self.config, self.mesh)
-
-    def __call__(self, batch, **changes):
-        placed = put_batch(self.mesh, batch, len(batch["count"]))
-        state, metrics = self.step(self.make(), placed, schedule(**changes))
-        return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}
-
-
 @pytest.fixture(scope="module")
 def step():
-    return Step()
+    return Step(small_config(), one_device())
 
 
 def test_a_step_is_a_pure_function(step):

@@ -12,12 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.curves import CURVES, Curve, curve_depth, encode, z_code
-from point_jax.geometry.neighbours import (
-    CENTRE,
-    refine_neighbours,
-    search_neighbours,
-    sort_key,
-)
+from point_jax.geometry.neighbours import refine_neighbours, search_neighbours, sort_key
 from point_jax.geometry.patches import PatchLayout, build_patches
 
 MAX_CLOUDS = 255  # the cloud shares a 32-bit sort key with 24 bits of the code
@@ -32,12 +27,18 @@ class HierarchySpec:
       clouds: most clouds in a row (G).
       patch_sizes: per level, the patch sizes K that the network's blocks of that level use.
       curves: the space-filling curves, in the order in which blocks take their turn.
+      refit_depths: whether a cloud's curves take as many bits as its voxels need anew at every
+        level (the originals' GridPooling), or one less than on the level before
+        (SerializedPooling). It matters for Hilbert curves only.
+      stem_radius: of the kernel of a convolutional stem, whose table level 0 then has; 0 for none.
     """
 
     capacities: tuple[int, ...]
     clouds: int
     patch_sizes: tuple[tuple[int, ...], ...]
     curves: tuple[Curve, ...] = CURVES
+    refit_depths: bool = True
+    stem_radius: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.clouds <= MAX_CLOUDS:
@@ -65,6 +66,7 @@ class Level:
       first_child: (N + 1,) int32, where each cluster starts on the level before; zeros at level 0.
       neighbours: (T, N) int32, representative of the voxel at each tap, the row itself at the
         centre; N for none.
+      stem_neighbours: the same for the larger kernel of a stem; None where there is none.
       voxel: (N,) int32, the row that represents the row's voxel: itself but for duplicates, which
         only level 0 has; N in padding.
       patches: by patch size K.
@@ -79,6 +81,7 @@ class Level:
     parent: jax.Array
     first_child: jax.Array
     neighbours: jax.Array
+    stem_neighbours: jax.Array | None
     voxel: jax.Array
     patches: dict[int, PatchLayout]
     overflow: jax.Array
@@ -136,7 +139,7 @@ def build_hierarchy(
       spec: static shapes.
       depths: (levels, G) int32, bits an axis of each cloud's curves, for comparison with the
         originals which take one depth for a whole batch. By default
-        bit_length(largest coordinate + 1), anew at every level.
+        bit_length(largest coordinate + 1), and further as `spec.refit_depths` says.
 
     Returns:
       One `Level` per entry of `spec.capacities`.
@@ -147,7 +150,11 @@ def build_hierarchy(
     if depths is None:
         largest = jax.ops.segment_max(grid.max(-1), cloud, spec.clouds, indices_are_sorted=True)
         largest = jnp.maximum(largest, 0)
-        depths = jnp.stack([curve_depth(largest >> level) for level in range(len(spec.capacities))])
+        steps = range(len(spec.capacities))
+        if spec.refit_depths:
+            depths = jnp.stack([curve_depth(largest >> level) for level in steps])
+        else:
+            depths = jnp.stack([jnp.maximum(curve_depth(largest) - level, 1) for level in steps])
 
     # Bottom-up: voxels, parents, orders.
     parts: list[dict] = []
@@ -171,16 +178,13 @@ def build_hierarchy(
 
     # Top-down: neighbours. Patches need only the sizes.
     levels: list[Level] = []
-    neighbours = jnp.zeros((0, 0), jnp.int32)
+    neighbours = None
     for level in reversed(range(len(parts))):
         part = parts[level]
-        capacity, slots = spec.capacities[level], jnp.arange(spec.capacities[level])
-        if level + 1 == len(parts):
-            neighbours = search_neighbours(part["grid"], part["cloud"], part["count"])
-        else:
-            first = part["voxel"] == slots
-            neighbours = refine_neighbours(neighbours, part["grid"], part["parent"], first)
-        neighbours = neighbours.at[CENTRE].set(jnp.where(slots < part["count"], slots, capacity))
+        wide = None
+        if level == 0 and spec.stem_radius:
+            wide = _neighbours(part, neighbours, spec.stem_radius)
+        neighbours = _neighbours(part, neighbours, 1)
         starts = jnp.searchsorted(part["cloud"], jnp.arange(spec.clouds + 1))
         starts = starts.astype(jnp.int32)
         inverses = _inverse(part["orders"])
@@ -188,8 +192,20 @@ def build_hierarchy(
             size: build_patches(part["orders"], inverses, part["cloud"], starts, size)
             for size in sorted(set(spec.patch_sizes[level]))
         }
-        levels.append(Level(**part, starts=starts, neighbours=neighbours, patches=patches))
+        part |= dict(neighbours=neighbours, stem_neighbours=wide)
+        levels.append(Level(**part, starts=starts, patches=patches))
     return tuple(reversed(levels))
+
+
+def _neighbours(part: dict, coarser: jax.Array | None, radius: int) -> jax.Array:
+    """(T, N) table of a level from that of the next one, if any; the centre is the row itself."""
+    grid, count, rows = part["grid"], part["count"], jnp.arange(len(part["grid"]))
+    if coarser is None:
+        found = search_neighbours(grid, part["cloud"], count, radius)
+    else:
+        first = part["voxel"] == rows
+        found = refine_neighbours(coarser, grid, part["parent"], first, radius)
+    return found.at[len(found) // 2].set(jnp.where(rows < count, rows, len(rows)))
 
 
 def _first_of_voxel(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax.Array:

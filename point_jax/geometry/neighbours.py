@@ -1,4 +1,4 @@
-"""Neighbour tables of the 3x3x3 convolution.
+"""Neighbour tables of the convolutions: 3x3x3, and 5x5x5 for the stem of PT-v3m1.
 
 The tables come top-down through the octree: the neighbour of a child is a child of a neighbour of
 its parent, so that every entry costs two gathers. Only the coarsest level, which holds a percent of
@@ -11,17 +11,18 @@ import numpy as np
 
 from point_jax.geometry.curves import Code, z_code
 
-# The taps in the order of a (3, 3, 3) kernel: tap k reads the voxel at p + OFFSETS[k].
-OFFSETS = np.stack(np.meshgrid(*[np.arange(-1, 2)] * 3, indexing="ij"), -1).reshape(-1, 3)
-TAPS = len(OFFSETS)
-CENTRE = TAPS // 2
+
+def offsets(radius: int) -> np.ndarray:
+    """(T, 3) int: tap k of a (2 radius + 1)^3 kernel reads the voxel at p + offsets[k]."""
+    side = np.arange(-radius, radius + 1)
+    return np.stack(np.meshgrid(side, side, side, indexing="ij"), -1).reshape(-1, 3)
+
+
+TAPS = len(offsets(1))
 
 _LAST = np.uint32(0xFFFFFFFF)  # sorts after every key
 
 _OCTANTS = np.stack(np.meshgrid(*[np.arange(2)] * 3, indexing="ij"), -1).reshape(-1, 3)
-_STEP = _OCTANTS[:, None] + OFFSETS[None]  # (8, T, 3), in child voxels from the parent's corner
-_PARENT_TAP = ((_STEP >> 1) + 1) @ np.array([9, 3, 1])  # (8, T)
-_CHILD_OCTANT = (_STEP & 1) @ np.array([4, 2, 1])  # (8, T)
 
 
 def octant(grid: jax.Array) -> jax.Array:
@@ -29,13 +30,16 @@ def octant(grid: jax.Array) -> jax.Array:
     return (grid & 1) @ jnp.array([4, 2, 1], jnp.int32)
 
 
-def search_neighbours(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax.Array:
+def search_neighbours(
+    grid: jax.Array, cloud: jax.Array, count: jax.Array, radius: int = 1
+) -> jax.Array:
     """Table of a level whose rows are sorted by (cloud, z-order code), by binary search.
 
     Args:
       grid: (N, 3) int32.
       cloud: (N,) int32.
       count: () int32, slots in use.
+      radius: of the kernel, which has T = (2 radius + 1)^3 taps.
 
     Returns:
       (T, N) int32: the first row that holds the voxel at each tap; N for none.
@@ -43,7 +47,7 @@ def search_neighbours(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> ja
     capacity = grid.shape[0]
     valid = jnp.arange(capacity) < count
     high, low = sort_key(z_code(grid), cloud, valid)
-    target = grid[None] + jnp.asarray(OFFSETS, jnp.int32)[:, None]  # (T, N, 3)
+    target = grid[None] + jnp.asarray(offsets(radius), jnp.int32)[:, None]  # (T, N, 3)
     cloud = jnp.broadcast_to(cloud, target.shape[:2])
     inside = valid[None] & (target >= 0).all(-1) & (target < 1 << 16).all(-1)
     want_high, want_low = sort_key(z_code(target), cloud, inside)
@@ -55,7 +59,7 @@ def search_neighbours(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> ja
         less = (here_high < want_high) | ((here_high == want_high) & (here_low < want_low))
         return jnp.where(less, middle + 1, lower), jnp.where(less, upper, middle)
 
-    bounds = jnp.zeros((TAPS, capacity), jnp.int32), jnp.full((TAPS, capacity), count, jnp.int32)
+    bounds = jnp.zeros(target.shape[:2], jnp.int32), jnp.full(target.shape[:2], count, jnp.int32)
     row, _ = jax.lax.fori_loop(0, capacity.bit_length(), halve, bounds)
     row = jnp.minimum(row, capacity - 1)
     found = inside & (row < count) & (high[row] == want_high) & (low[row] == want_low)
@@ -70,25 +74,29 @@ def sort_key(code: Code, cloud: jax.Array, valid: jax.Array) -> Code:
 
 
 def refine_neighbours(
-    coarse: jax.Array, grid: jax.Array, parent: jax.Array, first: jax.Array
+    coarse: jax.Array, grid: jax.Array, parent: jax.Array, first: jax.Array, radius: int = 1
 ) -> jax.Array:
-    """Table of a level from the table of the next coarser one.
+    """Table of a level from the 3x3x3 table of the next coarser one.
 
     Args:
-      coarse: (T, M) int32, the table of the parents; M for none.
+      coarse: (27, M) int32, the table of the parents; M for none.
       grid: (N, 3) int32, voxels of this level, sorted by (cloud, z-order code).
       parent: (N,) int32, row of each voxel's parent; M for none.
       first: (N,) bool, whether a row is the first of its voxel.
+      radius: of this level's kernel: 1 or 2. Two voxels away is still in a parent next door.
 
     Returns:
       (T, N) int32: the first row that holds the voxel at each tap; N for none.
     """
     capacity, parents = grid.shape[0], coarse.shape[1]
+    step = _OCTANTS[:, None] + offsets(radius)[None]  # (8, T, 3), voxels from the parent's corner
+    parent_tap = ((step >> 1) + 1) @ np.array([9, 3, 1])  # (8, T)
+    child_octant = (step & 1) @ np.array([4, 2, 1])  # (8, T)
     which = octant(grid)
     child = jnp.full((parents + 1) * 8, capacity, jnp.int32)
     slot = jnp.where(first & (parent < parents), parent * 8 + which, child.size)
     child = child.at[slot].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
     coarse = jnp.pad(coarse, ((0, 0), (0, 1)), constant_values=parents).reshape(-1)
-    tap = jnp.asarray(_PARENT_TAP.T, jnp.int32)[:, which]  # (T, N)
+    tap = jnp.asarray(parent_tap.T, jnp.int32)[:, which]  # (T, N)
     uncle = coarse[tap * (parents + 1) + parent[None]]
-    return child[uncle * 8 + jnp.asarray(_CHILD_OCTANT.T, jnp.int32)[:, which]]
+    return child[uncle * 8 + jnp.asarray(child_octant.T, jnp.int32)[:, which]]

@@ -5,6 +5,7 @@ Blocks are stacked here (a leading axis) and numbered there.
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ _BLOCK = {
     "norm2": "norm2.0",
     "mlp/fc1": "mlp.0.fc1",
     "mlp/fc2": "mlp.0.fc2",
+    "bias_table": "attn.rpe.rpe_table",
     "scale1": "ls1.0.gamma",
     "scale2": "ls2.0.gamma",
 }
 _MODULE = {
     "linear": "stem.linear",
+    "conv": "stem.conv",
     "norm": "stem.norm",
     "mask_token": "mask_token",
     "down/proj": "down.proj",
@@ -38,16 +41,30 @@ _MODULE = {
     "mlp/fc2": "mlp.2",
     "prototypes": "prototype.parametrizations.weight.original1",
 }
-_LEAF = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], template: Params, prefix: str = "") -> Params:
+def from_state_dict(
+    state: Mapping[str, np.ndarray],
+    template: Params,
+    prefix: str = "",
+    constants: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Params:
     """Parameters of a backbone or a head from a PyTorch state dict.
 
     Args:
       state: arrays by Pointcept's keys.
       template: a tree of this project with the shapes wanted (arrays or `jax.ShapeDtypeStruct`).
       prefix: what the keys start with, e.g. "student.backbone.".
+      constants: arrays that the state dict holds and this project computes, by key without prefix,
+        see `release.constants`. Floats must be there and equal; integers, which count batches,
+        must be there.
 
     Returns:
       A tree like `template` with float32 numpy arrays.
@@ -80,6 +97,16 @@ def from_state_dict(state: Mapping[str, np.ndarray], template: Params, prefix: s
         return read(prefix + keys[0], path, node.shape)
 
     params = walk(template, ())
+    for name, want in constants.items():
+        used.add(prefix + name)
+        if prefix + name not in state:
+            problems.append(f"missing {prefix + name}")
+            continue
+        given = np.asarray(state[prefix + name])
+        if given.shape != want.shape:
+            problems.append(f"{prefix + name} has shape {given.shape}, not {want.shape}")
+        elif want.dtype.kind == "f" and not np.allclose(given, want, rtol=1e-5, atol=0):
+            problems.append(f"{prefix + name} is {given}, for this network it must be {want}")
     for key in sorted(set(state) - used):
         if not key.startswith(prefix):
             continue
@@ -133,6 +160,8 @@ def _keys(path: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
 def _layout_in(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
     if path[-1] == "mask_token":
         return array.reshape(-1)
+    if path[-1] == "bias_table":
+        return array.reshape(3, -1, array.shape[-1])
     if path[-1] != "kernel":
         return array
     if path[-2] == "conv":  # (out, kx, ky, kz, in) -> (taps, in, out)
@@ -143,8 +172,11 @@ def _layout_in(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
 def _layout_out(array: np.ndarray, path: tuple[str, ...]) -> np.ndarray:
     if path[-1] == "mask_token":
         return array[None]
+    if path[-1] == "bias_table":
+        return array.reshape(-1, array.shape[-1])
     if path[-1] != "kernel":
         return array
     if path[-2] == "conv":
-        return array.transpose(2, 0, 1).reshape(array.shape[2], 3, 3, 3, array.shape[1])
+        side = round(len(array) ** (1 / 3))
+        return array.transpose(2, 0, 1).reshape(array.shape[2], side, side, side, array.shape[1])
     return array.T

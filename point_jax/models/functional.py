@@ -13,17 +13,18 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
+RANDOM = ("kernel", "bias_table")  # names of the parameters that start from random values
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:
     """Splits a module into functions.
 
-    Random start values are drawn here and not in the modules: all kernels from one stream, as the
+    Random start values are drawn here and not in the modules: all from one stream, as the
     originals do from a normal distribution of standard deviation 0.02 (they truncate at +-2, which
     is a hundred deviations). A draw per parameter took XLA longer to compile than a training step.
 
     Args:
-      build: makes the module; what it puts in parameters other than kernels is their start value.
+      build: makes the module; what it puts in parameters other than `RANDOM` is their start value.
 
     Returns:
       init: `init(key) -> params`, a nested dict of arrays.
@@ -34,11 +35,11 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Calla
     def init(key: jax.Array) -> Params:
         params = nnx.to_pure_dict(nnx.state(build(nnx.Rngs(0)), nnx.Param))
         paths, tree = jax.tree.flatten_with_path(params)
-        sizes = [leaf.size for path, leaf in paths if path[-1].key == "kernel"]
+        sizes = [leaf.size for path, leaf in paths if path[-1].key in RANDOM]
         draws = 0.02 * jax.random.normal(key, (sum(sizes),))
         parts = iter(jnp.split(draws, np.cumsum(sizes)[:-1]) if sizes else ())
         leaves = [
-            next(parts).reshape(leaf.shape) if path[-1].key == "kernel" else leaf
+            next(parts).reshape(leaf.shape) if path[-1].key in RANDOM else leaf
             for path, leaf in paths
         ]
         return jax.tree.unflatten(tree, leaves)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from point_jax.geometry.hierarchy import Level
-from point_jax.geometry.neighbours import TAPS
+from point_jax.geometry.neighbours import TAPS, offsets
 from point_jax.ops.conv import submanifold_conv
 
 _zeros = nnx.initializers.zeros  # kernels get their random values in `functional`
@@ -30,6 +30,26 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=False)
 
 
+class BatchNorm(nnx.Module):
+    """Normalisation by the running statistics of a trained network, epsilon 1e-3 (PT-v3m1).
+
+    Statistics of the batch would make a cloud's features depend on what else is in it. They belong
+    to supervised training, which owns them; here mean and variance are constants.
+    """
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones(channels))
+        self.bias = nnx.Param(jnp.zeros(channels))
+        self.mean = nnx.Param(jnp.zeros(channels))
+        self.var = nnx.Param(jnp.ones(channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(N, C) -> (N, C) float32."""
+        mean, var = jax.lax.stop_gradient((self.mean[...], self.var[...]))
+        factor = self.scale[...] * jax.lax.rsqrt(var + 1e-3)
+        return (x.astype(jnp.float32) - mean[None]) * factor[None] + self.bias[...][None]
+
+
 class SubmanifoldConv(nnx.Module):
     """3x3x3 submanifold convolution with bias over a level's neighbour table."""
 
@@ -43,6 +63,23 @@ class SubmanifoldConv(nnx.Module):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         out = submanifold_conv(x, kernel, level.neighbours, level.voxel, level.count)
         return out + self.bias[...].astype(self.dtype)[None]
+
+
+class StemConv(nnx.Module):
+    """Submanifold convolution of the input features, without bias, over the stem's table."""
+
+    def __init__(self, inputs: int, channels: int, radius: int, dtype: jnp.dtype):
+        self.kernel = nnx.Param(jnp.zeros((len(offsets(radius)), inputs, channels)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array, level: Level) -> jax.Array:
+        """(N, inputs) -> (N, C), in `dtype`."""
+        if level.stem_neighbours is None:
+            raise ValueError(
+                "a convolutional stem needs a hierarchy built for PTv3Spec.hierarchy()"
+            )
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        return submanifold_conv(x, kernel, level.stem_neighbours, level.voxel, level.count)
 
 
 class Mlp(nnx.Module):

@@ -1,84 +1,25 @@
-"""Point Transformer V3 (arXiv:2312.10035) as Sonata uses it (the originals' "PT-v3m2").
+"""Point Transformer V3 (arXiv:2312.10035) in its three published modes, one family of modules.
 
-The network sees features and a hierarchy, never coordinates. The equal blocks of a stage are one
-block with stacked parameters under `lax.scan`, so that a stage is compiled once however deep it is.
+"PT-v3m2" is the default: Sonata's and Concerto's. "PT-v3m1", the first one, has a convolutional
+stem, batch norms and serialized pooling; "PT-v3m3", Utonia's, has rotary positions.
+
+The network sees features and a hierarchy; coordinates only for rotary positions.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
-from point_jax.geometry.curves import CURVES, Curve
-from point_jax.geometry.hierarchy import Hierarchy, HierarchySpec, Level
-from point_jax.models.layers import Mlp, SubmanifoldConv, gelu, layer_norm, linear, stack
-from point_jax.ops.attention import patch_attention
-from point_jax.ops.gather import from_slots, to_children, to_slots
-from point_jax.ops.pool import cluster_max
-
-
-@dataclass(frozen=True)
-class StageSpec:
-    """Blocks of one level: how many, how wide, their heads and their patch size K."""
-
-    depth: int
-    channels: int
-    heads: int
-    patch_size: int
-
-    def __post_init__(self) -> None:
-        if self.channels % self.heads:
-            raise ValueError(f"channels={self.channels} is not a multiple of heads={self.heads}")
-        if min(self.depth, self.channels, self.heads, self.patch_size) < 1:
-            raise ValueError(f"every number of a stage must be positive, got {self}")
-
-
-@dataclass(frozen=True)
-class PTv3Spec:
-    """A network.
-
-    Attributes:
-      encoder: the stages, finest level first.
-      decoder: the stages from level 0 to the last but one; empty for an encoder alone.
-      inputs: channels of a point's input features.
-      curves: the orders, in the turn in which blocks use them.
-      mlp_ratio: hidden channels of a block's MLP over its channels.
-      drop_path: rate of the last block; it grows linearly from 0 at the first.
-      layer_scale: start value of the per-channel scale of every branch; None for no scale.
-      mask_token: whether masked points get a learned embedding.
-      dtype: of the arithmetic; parameters, norms, softmax and the residual stream are float32.
-      remat: whether the backward pass makes each block's activations again instead of keeping them.
-    """
-
-    encoder: tuple[StageSpec, ...]
-    decoder: tuple[StageSpec, ...] = ()
-    inputs: int = 9
-    curves: tuple[Curve, ...] = CURVES
-    mlp_ratio: float = 4.0
-    drop_path: float = 0.0
-    layer_scale: float | None = None
-    mask_token: bool = True
-    dtype: jnp.dtype = field(default=jnp.float32)
-    remat: bool = False
-
-    def __post_init__(self) -> None:
-        if self.decoder and len(self.decoder) != len(self.encoder) - 1:
-            raise ValueError(
-                f"a decoder of {len(self.encoder)} levels has {len(self.encoder) - 1} stages, "
-                f"got {len(self.decoder)}"
-            )
-
-    def hierarchy(self, capacities: tuple[int, ...], clouds: int) -> HierarchySpec:
-        """The hierarchy that this network needs for rows of these capacities."""
-        sizes = [{stage.patch_size} for stage in self.encoder]
-        for level, stage in enumerate(self.decoder):
-            sizes[level].add(stage.patch_size)
-        patch_sizes = tuple(tuple(sorted(s)) for s in sizes)
-        return HierarchySpec(capacities, clouds, patch_sizes, self.curves)
+from point_jax.geometry.hierarchy import Hierarchy, Level
+from point_jax.models.block import Stage
+from point_jax.models.layers import BatchNorm, StemConv, gelu, layer_norm, linear
+from point_jax.models.spec import STEM_RADIUS, PTv3Spec, StageSpec
+from point_jax.ops.gather import to_children
+from point_jax.ops.pool import cluster_max, cluster_mean
 
 
 class Features(NamedTuple):
@@ -93,74 +34,28 @@ class Features(NamedTuple):
     decoded: tuple[jax.Array, ...]
 
 
-class Block(nnx.Module):
-    """Convolutional position, patch attention, MLP; each a residual branch."""
-
-    def __init__(self, stage: StageSpec, spec: PTv3Spec, *, rngs: nnx.Rngs):
-        channels, dtype = stage.channels, spec.dtype
-        self.conv = SubmanifoldConv(channels, dtype)
-        self.conv_linear = linear(channels, channels, dtype, rngs)
-        self.conv_norm = layer_norm(channels, rngs)
-        self.norm1 = layer_norm(channels, rngs)
-        self.qkv = linear(channels, 3 * channels, dtype, rngs)
-        self.proj = linear(channels, channels, dtype, rngs)
-        self.norm2 = layer_norm(channels, rngs)
-        self.mlp = Mlp(channels, int(channels * spec.mlp_ratio), channels, dtype, rngs=rngs)
-        self.scale1 = _layer_scale(channels, spec.layer_scale)
-        self.scale2 = _layer_scale(channels, spec.layer_scale)
-        self.stage = stage
-
-    def __call__(
-        self, x: jax.Array, level: Level, order: jax.Array, keep: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
-        """One block.
-
-        Args:
-          x: (N, C) float32.
-          level: structure of the level.
-          order: () int32, which order the patches follow.
-          keep: what drop path multiplies the two branches with, (N,) float32 or () each.
-        """
-        x = x + self.conv_norm(self.conv_linear(self.conv(x, level)))
-        x = x + _branch(self._attention(self.norm1(x), level, order), self.scale1, keep[0])
-        return x + _branch(self.mlp(self.norm2(x)), self.scale2, keep[1])
-
-    def _attention(self, x: jax.Array, level: Level, order: jax.Array) -> jax.Array:
-        layout, heads = level.patches[self.stage.patch_size], self.stage.heads
-        slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
-        patches = len(layout.segment)
-        slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
-        qkv = rearrange(
-            self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
-        )
-        mixed = patch_attention(qkv[0], qkv[1], qkv[2], layout.segment, layout.used)
-        mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
-        return self.proj(from_slots(mixed, slot_point, point_slot))
-
-
-def _layer_scale(channels: int, start: float | None) -> nnx.Param | None:
-    return None if start is None else nnx.Param(jnp.full(channels, start))
-
-
-def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array:
-    y = y.astype(jnp.float32)
-    if scale is not None:
-        y = y * scale[...][None]
-    return y * (keep[:, None] if keep.ndim else keep)
+def _norm(channels: int, spec: PTv3Spec, rngs: nnx.Rngs) -> nnx.LayerNorm | BatchNorm:
+    """The norm of the stem and between levels."""
+    return BatchNorm(channels) if spec.norm == "batch" else layer_norm(channels, rngs)
 
 
 class Embedding(nnx.Module):
-    """Linear stem; masked points get a token instead."""
+    """Linear or convolutional stem; masked points get a token instead."""
 
     def __init__(self, spec: PTv3Spec, *, rngs: nnx.Rngs):
         channels = spec.encoder[0].channels
-        self.linear = linear(spec.inputs, channels, spec.dtype, rngs)
-        self.norm = layer_norm(channels, rngs)
+        if spec.stem == "conv":
+            self.conv = StemConv(spec.inputs, channels, STEM_RADIUS, spec.dtype)
+        else:
+            self.linear = linear(spec.inputs, channels, spec.dtype, rngs)
+        self.norm = _norm(channels, spec, rngs)
         self.mask_token = nnx.Param(jnp.zeros(channels)) if spec.mask_token else None
+        self.stem = spec.stem
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, level: Level, mask: jax.Array | None) -> jax.Array:
         """(N, inputs) -> (N, C); mask is (N,) bool."""
-        x = gelu(self.norm(self.linear(x)))
+        x = self.conv(x, level) if self.stem == "conv" else self.linear(x)
+        x = gelu(self.norm(x))
         if mask is None:
             return x
         if self.mask_token is None:
@@ -171,9 +66,9 @@ class Embedding(nnx.Module):
 class Down(nnx.Module):
     """Pooling to the next level: linear, maximum over the cluster, norm, GELU."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
-        self.proj = linear(inputs, outputs, dtype, rngs)
-        self.norm = layer_norm(outputs, rngs)
+    def __init__(self, inputs: int, outputs: int, spec: PTv3Spec, *, rngs: nnx.Rngs):
+        self.proj = linear(inputs, outputs, spec.dtype, rngs)
+        self.norm = _norm(outputs, spec, rngs)
 
     def __call__(self, x: jax.Array, fine: Level, coarse: Level) -> jax.Array:
         """(N, inputs) -> (M, outputs)."""
@@ -183,83 +78,19 @@ class Down(nnx.Module):
 class Up(nnx.Module):
     """Un-pooling: the cluster's features on each of its points, plus the encoder's."""
 
-    def __init__(
-        self, inputs: int, skipped: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs
-    ):
-        self.proj = linear(inputs, outputs, dtype, rngs)
-        self.norm = layer_norm(outputs, rngs)
-        self.skip = linear(skipped, outputs, dtype, rngs)
-        self.skip_norm = layer_norm(outputs, rngs)
-
-    def __call__(self, x: jax.Array, skip: jax.Array, fine: Level, coarse: Level) -> jax.Array:
-        """(M, inputs), (N, skipped) -> (N, outputs)."""
-        x = gelu(self.norm(self.proj(x)))
-        skip = gelu(self.skip_norm(self.skip(skip)))
-        return skip + to_children(x, fine.parent, coarse.first_child)
-
-
-class Stage(nnx.Module):
-    """The blocks of a level, and the way into it."""
-
-    def __init__(self, stage: StageSpec, spec: PTv3Spec, rates: np.ndarray):
-        self.blocks = stack(lambda r: Block(stage, spec, rngs=r), stage.depth)
-        self.rates = tuple(float(rate) for rate in rates)
-        self.orders = len(spec.curves)
-        self.remat = spec.remat
+    def __init__(self, inputs: int, skipped: int, outputs: int, spec: PTv3Spec, *, rngs: nnx.Rngs):
+        self.proj = linear(inputs, outputs, spec.dtype, rngs)
+        self.norm = _norm(outputs, spec, rngs)
+        self.skip = linear(skipped, outputs, spec.dtype, rngs)
+        self.skip_norm = _norm(outputs, spec, rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        level: Level,
-        turn: jax.Array,
-        drop_keys: jax.Array | None,
-    ) -> jax.Array:
-        """Runs the blocks.
-
-        Args:
-          x: (N, C).
-          level: structure of the level.
-          turn: (O,) int32, the order of each turn; block b takes turn b mod O.
-          drop_keys: (G,) keys, one a cloud, for drop path; None for none.
-        """
-        depth = len(self.rates)
-        graph, params = nnx.split(self.blocks)
-        orders = turn[jnp.arange(depth) % self.orders]
-        keep = _keep(jnp.array(self.rates), level, drop_keys)
-
-        def block(x, this):
-            params, order, keep = this
-            return nnx.merge(graph, params)(x, level, order, keep), None
-
-        body = jax.checkpoint(block) if self.remat else block
-        return jax.lax.scan(body, x, (params, orders, keep))[0]
-
-
-def _keep(
-    rates: jax.Array, level: Level, drop_keys: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """Drop-path factors of a stage's two branches: (depth, N) each, or (depth,) ones without keys.
-
-    Drop path acts on single points, as upstream. A point's bits depend on its cloud's key and its
-    index in the cloud, so not on what else is in the row.
-    """
-    if drop_keys is None:
-        ones = jnp.ones(rates.shape)
-        return ones, ones
-    clouds = drop_keys.shape[0]
-    cloud = jnp.minimum(level.cloud, clouds - 1)
-    index = jnp.arange(level.cloud.shape[0]) - level.starts[level.cloud]
-
-    def draw(key, index):
-        return jax.random.bits(jax.random.fold_in(key, index), rates.shape, jnp.uint32)
-
-    bits = jax.vmap(draw)(drop_keys[cloud], index.astype(jnp.uint32)).T  # (depth, N)
-    rates = rates[:, None]
-
-    def factor(half):
-        return jnp.where(half.astype(jnp.float32) / (1 << 16) < rates, 0.0, 1 / (1 - rates))
-
-    return factor(bits >> 16), factor(bits & 0xFFFF)
+        self, x: jax.Array, skip: jax.Array, fine: Level, coarse: Level
+    ) -> tuple[jax.Array, jax.Array]:
+        """(M, inputs), (N, skipped) -> (N, outputs) twice: the sum, the encoder alone."""
+        x = gelu(self.norm(self.proj(x)))
+        skip = gelu(self.skip_norm(self.skip(skip)))
+        return skip + to_children(x, fine.parent, coarse.first_child), skip
 
 
 class PTv3(nnx.Module):
@@ -270,19 +101,19 @@ class PTv3(nnx.Module):
         rates = _drop_rates(spec.encoder, spec.drop_path)
         self.enc = nnx.Dict()
         for level, stage in enumerate(spec.encoder):
-            self.enc[f"stage{level}"] = Stage(stage, spec, rates[level])
+            self.enc[f"stage{level}"] = Stage(stage, spec, rates[level], spec.rotary)
             if level:
                 above = spec.encoder[level - 1].channels
-                down = Down(above, stage.channels, spec.dtype, rngs=rngs)
-                self.enc[f"stage{level}"].down = down
+                self.enc[f"stage{level}"].down = Down(above, stage.channels, spec, rngs=rngs)
         if spec.decoder:
             self.dec = nnx.Dict()
             rates = _drop_rates(spec.decoder, spec.drop_path)
+            rotary = spec.rotary if spec.rotary and spec.rotary.decoder else None
             below = spec.encoder[-1].channels
             for level in reversed(range(len(spec.decoder))):
                 stage, skipped = spec.decoder[level], spec.encoder[level].channels
-                self.dec[f"stage{level}"] = Stage(stage, spec, rates[level][::-1])
-                up = Up(below, skipped, stage.channels, spec.dtype, rngs=rngs)
+                self.dec[f"stage{level}"] = Stage(stage, spec, rates[level][::-1], rotary)
+                up = Up(below, skipped, stage.channels, spec, rngs=rngs)
                 self.dec[f"stage{level}"].up = up
                 below = stage.channels
         self.spec = spec
@@ -292,8 +123,9 @@ class PTv3(nnx.Module):
         x: jax.Array,
         hierarchy: Hierarchy,
         mask: jax.Array | None = None,
+        coord: jax.Array | None = None,
         order_key: jax.Array | None = None,
-        drop_keys: jax.Array | None = None,
+        noise_keys: jax.Array | None = None,
     ) -> Features:
         """Features of every level.
 
@@ -301,34 +133,51 @@ class PTv3(nnx.Module):
           x: (N, inputs) float32; what is in padding does not matter.
           hierarchy: the row's structure, built for `spec.hierarchy(...)`.
           mask: (N,) bool, points whose embedding is replaced by the mask token.
+          coord: (N, 3) float32 metres; only rotary positions need it. Coarser levels take the means
+            over their clusters, of the means below (REFERENCE quirk 8).
           order_key: shuffles the turns of the orders at every level (training); None keeps them.
-          drop_keys: (G,) keys, one a cloud, for drop path (training); None drops nothing.
+          noise_keys: (G,) keys, one a cloud, for drop path and moved rotary coordinates (training);
+            None for neither.
         """
         turns = _turns(order_key, len(hierarchy), len(self.spec.curves))
+        coords = self._coords(coord, hierarchy)
 
         def keys(stage):
             return (
                 None
-                if drop_keys is None
-                else jax.vmap(jax.random.fold_in, (0, None))(drop_keys, stage)
+                if noise_keys is None
+                else jax.vmap(jax.random.fold_in, (0, None))(noise_keys, stage)
             )
 
-        x = self.embedding(jnp.where(hierarchy[0].valid[:, None], x, 0.0), mask)
+        x = jnp.where(hierarchy[0].valid[:, None], x, 0.0)
+        x = self.embedding(x, hierarchy[0], mask)
         levels: list[jax.Array] = []
         for i, level in enumerate(hierarchy):
             stage = self.enc[f"stage{i}"]
             if i:
                 x = stage.down(x, hierarchy[i - 1], level)
-            x = stage(x, level, turns[i], keys(i))
+            x = stage(x, level, turns[i], keys(i), coords[i])
             levels.append(x)
 
         decoded: list[jax.Array] = []
         for i in reversed(range(len(self.spec.decoder))):
             stage = self.dec[f"stage{i}"]
-            x = stage.up(x, levels[i], hierarchy[i], hierarchy[i + 1])
-            x = stage(x, hierarchy[i], turns[i], keys(len(hierarchy) + i))
+            x, skip = stage.up(x, levels[i], hierarchy[i], hierarchy[i + 1])
+            seen = skip if self.spec.pooling == "serialized" else None
+            x = stage(x, hierarchy[i], turns[i], keys(len(hierarchy) + i), coords[i], seen)
             decoded.append(x)
         return Features(tuple(levels), tuple(reversed(decoded)))
+
+    def _coords(self, coord: jax.Array | None, hierarchy: Hierarchy) -> Sequence[jax.Array | None]:
+        """(N, 3) coordinates of every level; None where nothing rotates."""
+        if self.spec.rotary is None:
+            return [None] * len(hierarchy)
+        if coord is None:
+            raise ValueError("a network with rotary positions needs `coord`")
+        coords = [jnp.where(hierarchy[0].valid[:, None], coord, 0.0)]
+        for level in hierarchy[1:]:
+            coords.append(cluster_mean(coords[-1], level.first_child))
+        return coords
 
 
 def _drop_rates(stages: tuple[StageSpec, ...], last: float) -> list[np.ndarray]:

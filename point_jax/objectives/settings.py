@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
 from point_jax.data.views import ViewSpec
-from point_jax.models.ptv3 import PTv3Spec, StageSpec
+from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.objectives.sonata import Sonata, SonataSpec
 
 Spec = TypeVar("Spec")
@@ -27,6 +27,10 @@ def default_network() -> ConfigDict:
     network.mlp_ratio = 4.0
     network.drop_path = 0.3
     network.layer_scale = 0.0  # start value of every branch's scale; 0: no scale
+    network.rotary_base = 0.0  # of rotary positions (PT-v3m3; Utonia's is 10); 0: none
+    network.rotary_shift = 0.0  # in training coordinates move by up to this many metres,
+    network.rotary_jitter = 1.0  # each axis stretches by up to this factor (Utonia's: 1.1)
+    network.rotary_rescale = 1.0  # and all together by this one (1.2)
     network.dtype = "float32"  # of the arithmetic; or bfloat16
     network.remat = False  # make activations again in the backward pass instead of keeping them
     return network.lock()
@@ -54,6 +58,10 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
         raise ValueError(f"network: depths, channels and heads need one length, got {lists}")
     if network["dtype"] not in _DTYPES:
         raise ValueError(f"network.dtype={network['dtype']!r}; expected one of {list(_DTYPES)}")
+    rotary = None
+    if network["rotary_base"]:
+        names = ("base", "shift", "jitter", "rescale")
+        rotary = Rotary(**{name: network[f"rotary_{name}"] for name in names})
     stages = zip(lists["depths"], lists["channels"], lists["heads"], strict=True)
     return PTv3Spec(
         encoder=tuple(
@@ -63,6 +71,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
         mlp_ratio=network["mlp_ratio"],
         drop_path=network["drop_path"],
         layer_scale=network["layer_scale"] or None,
+        rotary=rotary,
         dtype=_DTYPES[network["dtype"]],
         remat=network["remat"],
     )

@@ -7,26 +7,31 @@ student the nearest point of a teacher's view says to which prototypes it belong
 the global batch keeps the prototypes evenly used.
 """
 
-import math
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from point_jax.data.masks import jitter_masked, random_mask
-from point_jax.data.views import ViewBatch, ViewSpec, make_views
-from point_jax.geometry.hierarchy import Hierarchy, HierarchySpec, build_hierarchy, sort_row
-from point_jax.geometry.matching import nearest
+from point_jax.data.views import ViewSpec
+from point_jax.geometry.hierarchy import Level
 from point_jax.models.functional import Params, functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
-from point_jax.models.ptv3 import PTv3, PTv3Spec, up_cast
+from point_jax.models.ptv3 import PTv3, up_cast
+from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.rows import (
+    LOSSES,
+    Row,
+    RowMaker,
+    Views,
+    matched_per_view,
+    student_level,
+)
 from point_jax.ops.gather import take_rows
-from point_jax.ops.pool import cluster_mean
-from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
+from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
 
-LOSSES = ("mask", "roll", "unmask")
 SINKHORN_STEPS = 3
 
 
@@ -72,48 +77,11 @@ class SonataSpec:
         if self.weights[1] > 0 and self.views.global_count < 2:
             raise ValueError("the roll loss (weights[1]) needs at least two global views")
 
-    def rows(self, views: int, capacity: int) -> HierarchySpec:
-        """The hierarchy of a row that holds some views of some capacity."""
-        slots = views * capacity
-        capacities = tuple(max(16, math.ceil(slots * share / 8) * 8) for share in self.shares)
-        return self.network.hierarchy(capacities, views)
-
-
-class Views(NamedTuple):
-    """Some views of a scene as a row of N slots; A is the capacity of the level that the heads see.
-
-    Attributes:
-      features: (N, 9) float32: augmented coordinates (metres), colour 0 to 1, normal.
-      mask: (N,) bool, masked points.
-      hierarchy: the row's structure, one cloud a view.
-      origin: (A, 3) float32, scene coordinates of the points of the heads' level, metres.
-      dropped: () int32, points that did not fit the row.
-    """
-
-    features: jax.Array
-    mask: jax.Array
-    hierarchy: Hierarchy
-    origin: jax.Array
-    dropped: jax.Array
-
-
-class Row(NamedTuple):
-    """A scene, ready for the networks.
-
-    Attributes:
-      teacher, masked, local: the views that the teacher sees, the same masked, and the small ones.
-      matches: for each loss the teacher's point (index on the heads' level) of every student's
-        point; the capacity A of the teacher's level for none.
-      key: of the row's drop path.
-      scenes: () float32, 1; 0 if the scene is empty.
-    """
-
-    teacher: Views
-    masked: Views
-    local: Views
-    matches: dict[str, jax.Array]
-    key: jax.Array
-    scenes: jax.Array
+    @property
+    def rows(self) -> RowMaker:
+        """What makes the rows."""
+        names = (field.name for field in dataclasses.fields(RowMaker))
+        return RowMaker(**{name: getattr(self, name) for name in names})
 
 
 class Sonata:
@@ -129,9 +97,7 @@ class Sonata:
                 inputs, spec.hidden, spec.embed, spec.prototypes, network.dtype, rngs=rngs
             )
         )
-        views = spec.views
-        self.global_rows = spec.rows(views.global_count, views.global_capacity)
-        self.local_rows = spec.rows(views.local_count, views.local_capacity)
+        self.rows = spec.rows
 
     def init(self, key: jax.Array) -> Params:
         """Parameters of the student: backbone, mask_head, unmask_head."""
@@ -146,121 +112,8 @@ class Sonata:
         return params
 
     def prepare(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
-        """Views, masks, structure and matches of a scene.
-
-        Args:
-          scene: `coord` (P, 3) float32 metres, `color` (P, 3) 0-255, `normal` (P, 3),
-            `count` () int32.
-          key: of this scene in this step.
-          schedule: `mask_size` metres and `mask_ratio`, () float32.
-        """
-        views_key, mask_key, jitter_key, drop_key = jax.random.split(key, 4)
-        views = make_views(dict(scene), views_key, self.spec.views)
-        large, small = views.global_, views.local
-        valid = jnp.arange(large.coord.shape[1])[None] < large.count[:, None]
-        mask = jax.vmap(random_mask, (0, 0, 0, None, None))(
-            jax.random.split(mask_key, len(valid)),
-            large.coord,
-            valid,
-            schedule["mask_size"],
-            schedule["mask_ratio"],
-        )
-        noise = jax.random.normal(jitter_key, large.coord.shape)
-        jittered = jax.vmap(jitter_masked, (0, 0, 0, None))(
-            large.coord, mask, noise, self.spec.mask_jitter
-        )
-        # The teacher's row and the masked one have one shape: a loop compiles it once.
-        sides = jax.lax.map(
-            lambda side: self._views(large, side[0], side[1], self.global_rows),
-            (jnp.stack([large.coord, jittered]), jnp.stack([jnp.zeros_like(mask), mask])),
-        )
-        row = self.assemble(
-            jax.tree.map(lambda x: x[0], sides),
-            jax.tree.map(lambda x: x[1], sides),
-            self._views(
-                small, small.coord, jnp.zeros(small.coord.shape[:2], bool), self.local_rows
-            ),
-            drop_key,
-            (scene["count"] > 0).astype(jnp.float32),
-        )
-        return row, self._row_stats(row, scene, views.points, views.overflow)
-
-    def assemble(
-        self, teacher: Views, masked: Views, local: Views, key: jax.Array, scenes: jax.Array
-    ) -> Row:
-        """Matches the student's points to the teacher's and puts a row together."""
-        level = -1 - self.spec.up_cast
-        cloud = teacher.hierarchy[level].cloud
-        views = self.spec.views.global_count
-        point = jnp.where(cloud < views, cloud, -2)
-        rolled = jnp.where(cloud < views, (cloud + 1) % views, -2)
-        major = jnp.where(cloud == 0, 0, -2)
-        query = masked.hierarchy[level]
-        query_cloud = jnp.where(query.valid, query.cloud, -1)
-        local_query = jnp.where(local.hierarchy[level].valid, 0, -1)
-
-        def match(student, query_cloud, point_cloud):
-            return nearest(
-                student.origin, query_cloud, teacher.origin, point_cloud, self.spec.match_radius
-            )
-
-        matches = {
-            "mask": match(masked, query_cloud, point),
-            "roll": match(masked, query_cloud, rolled),
-            "unmask": match(local, local_query, major),
-        }
-        return Row(teacher, masked, local, matches, key, scenes)
-
-    def arrange(
-        self,
-        grid: jax.Array,
-        origin: jax.Array,
-        features: jax.Array,
-        cloud: jax.Array,
-        valid: jax.Array,
-        mask: jax.Array,
-        spec: HierarchySpec,
-        depths: jax.Array | None = None,
-    ) -> Views:
-        """Sorts points (A of them) into a row and builds its structure.
-
-        Args:
-          grid: (A, 3) int32.
-          origin: (A, 3) float32, scene coordinates.
-          features: (A, 9) float32.
-          cloud: (A,) int32, the view.
-          valid, mask: (A,) bool.
-          spec: the row's shape.
-          depths: bits of the curves, see `build_hierarchy`.
-        """
-        order, count, overflow = sort_row(grid, cloud, valid, spec.capacities[0])
-        packed = jnp.concatenate([features, origin, mask[:, None].astype(jnp.float32)], axis=1)
-        packed = take_rows(packed, order)
-        hierarchy = build_hierarchy(
-            take_rows(grid, order), take_rows(cloud, order), count, spec, depths
-        )
-        width = features.shape[1]
-        at = packed[:, width : width + 3]
-        for level in hierarchy[1 : len(hierarchy) - self.spec.up_cast]:
-            at = cluster_mean(at, level.first_child)
-        return Views(packed[:, :width], packed[:, -1] > 0, hierarchy, at, overflow)
-
-    def _views(
-        self, views: ViewBatch, coord: jax.Array, mask: jax.Array, spec: HierarchySpec
-    ) -> Views:
-        """A row of views with the voxels of `coord` (V, N, 3) and the features of the views."""
-        count, capacity = coord.shape[:2]
-        valid = jnp.arange(capacity)[None] < views.count[:, None]
-        lowest = jnp.where(valid[..., None], coord, jnp.inf).min(1, keepdims=True)
-        steps = jnp.where(valid[..., None], (coord - lowest) / self.spec.views.grid_size, 0.0)
-        grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
-        features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
-        cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
-        grid, origin, features = (
-            x.reshape(count * capacity, *x.shape[2:]) for x in (grid, views.origin, features)
-        )
-        cloud, valid, mask = (x.reshape(-1) for x in (cloud, valid, mask))
-        return self.arrange(grid, origin, features, cloud, valid, mask, spec)
+        """Views, masks, structure and matches of a scene; see `RowMaker.make`."""
+        return self.rows.make(scene, key, schedule)
 
     def targets(
         self,
@@ -316,7 +169,7 @@ class Sonata:
         def one_round(scale: jax.Array | None) -> jax.Array:
             def add(total, this):
                 embedding, row = this
-                match, count = row.matches[name], self._student_level(row, name).count
+                match, count = row.matches[name], student_level(row, name, self.spec.up_cast).count
                 weight = (match < len(embedding)).astype(jnp.float32)
                 received = log_sum_over_points(
                     take_rows(embedding, match),
@@ -354,7 +207,7 @@ class Sonata:
             return {name: jnp.float32(number) for name, number in fixed.items()}
         scenes = _psum(rows.scenes.sum(), axis)
         matched = {
-            name: jax.vmap(lambda row, name=name: (self._per_view(row, name)[0] > 0).sum())(rows)
+            name: jax.vmap(lambda row, name=name: (self._matched(row, name)[0] > 0).sum())(rows)
             for name in LOSSES
         }
         matched = {name: _psum(n.sum().astype(jnp.float32), axis) for name, n in matched.items()}
@@ -401,11 +254,11 @@ class Sonata:
                 shared["directions"][head],
                 shared["scales"][name],
                 (match < len(teacher)).astype(jnp.float32),
-                self._student_level(row, name).count,
+                student_level(row, name, self.spec.up_cast).count,
                 self.spec.student_temperature,
                 schedule["teacher_temp"],
             )
-            matched, level = self._per_view(row, name)
+            matched, level = self._matched(row, name)
             per_view = jax.ops.segment_sum(points, level.cloud, len(matched))
             value = (per_view / jnp.maximum(matched, 1)).sum() / shared["views"][name]
             total += weight * value
@@ -418,7 +271,7 @@ class Sonata:
         backbone: Params,
         views: Views,
         order_key: jax.Array | None,
-        drop_key: jax.Array | None,
+        noise_key: jax.Array | None,
     ) -> jax.Array:
         """(A, channels) backbone features of a row, carried up to the heads' level."""
         clouds = len(views.hierarchy[0].starts) - 1
@@ -427,10 +280,9 @@ class Sonata:
             views.features,
             views.hierarchy,
             mask=views.mask if self.spec.network.mask_token else None,
+            coord=views.coord,
             order_key=order_key,
-            drop_keys=None
-            if drop_key is None or not self.spec.network.drop_path
-            else jax.random.split(drop_key, clouds),
+            noise_keys=None if noise_key is None else jax.random.split(noise_key, clouds),
         )
         return up_cast(out.levels, views.hierarchy, self.spec.up_cast)
 
@@ -467,37 +319,9 @@ class Sonata:
             out[name] = stats[name] / scenes
         return out
 
-    def _row_stats(self, row: Row, scene: Scene, points: jax.Array, overflow) -> Stats:
-        sides = (row.teacher, row.masked, row.local)
-        used = sum(side.hierarchy[0].count for side in sides)
-        slots = sum(len(side.hierarchy[0].cloud) for side in sides)
-        students = [self._student_level(row, name).count for name in LOSSES]
-        lost = [side.dropped for side in sides]
-        lost += [level.overflow for side in sides for level in side.hierarchy]
-        first = row.masked.hierarchy[0]
-        stats = {
-            "points": points,
-            "empty_scenes": 1.0 - row.scenes,
-            "cut": scene.get("cut", jnp.zeros(())),
-            "padding": 1.0 - used / slots,
-            "masked": (row.masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
-            "student_points": sum(students),
-            "overflow_grid": overflow["grid"],
-            "overflow_elastic": overflow["elastic"],
-            "overflow_row": sum(lost),
-        }
-        return {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
-
-    def _student_level(self, row: Row, name: str):
-        side = row.local if name == "unmask" else row.masked
-        return side.hierarchy[-1 - self.spec.up_cast]
-
-    def _per_view(self, row: Row, name: str):
-        """Matched points of each view (V,) float32, and the student's level."""
-        level = self._student_level(row, name)
-        found = row.matches[name] < len(row.teacher.origin)
-        views = len(level.starts) - 1
-        return jax.ops.segment_sum(found.astype(jnp.float32), level.cloud, views), level
+    def _matched(self, row: Row, name: str) -> tuple[jax.Array, Level]:
+        level = student_level(row, name, self.spec.up_cast)
+        return matched_per_view(row, name, level), level
 
     def _embed(self, head: Params, x: jax.Array) -> jax.Array:
         return self._head(head, x, method="embed")
@@ -517,6 +341,3 @@ def _use(mean: jax.Array) -> jax.Array:
 
 def _psum(x: jax.Array, axis: str | None) -> jax.Array:
     return x if axis is None else jax.lax.psum(x, axis)
-
-
-__all__ = ["LOSSES", "Row", "Sonata", "SonataSpec", "Sums", "Views"]

@@ -14,35 +14,57 @@ _NEVER = -1e30  # finite, so that a fully masked row stays free of NaN
 
 @jax.custom_vjp
 def patch_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, used: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array,
+    used: jax.Array,
+    grid: jax.Array | None = None,
+    table: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(D)) v within each patch, among slots of the same segment.
+    """softmax(q k^T / sqrt(D) + bias) v within each patch, among slots of the same segment.
 
     Args:
       q, k, v: (P, H, K, D).
       segment: (P, K) int32; a slot attends to the slots of its patch with the same number.
       used: () int32, patches in use; the others give zeros.
+      grid: (P, K, 3) int32 voxels, for the relative position bias; None for no bias.
+      table: (3, R, H) float32, the bias: for each axis by the voxel of the query minus that of the
+        key, clipped to what R = 2 bound + 1 entries hold; the three are added. Its gradient is a
+        scatter-add, in an order that GPUs do not fix.
 
     Returns:
       (P, H, K, D), dtype of v. Scores, softmax and sums are float32.
     """
-    return _forward(q, k, v, segment, used)[0]
+    return _forward(q, k, v, segment, used, grid, table)[0]
 
 
-def _scores(q, k, segment):
+def _scores(q, k, segment, bias):
     """(K, K) float32 scores of one patch and head."""
     scale = q.shape[-1] ** -0.5
     scores = jnp.dot(q * scale, k.T, preferred_element_type=jnp.float32)
+    if bias is not None:
+        index, table = bias
+        scores = scores + sum(table[axis][index[axis]] for axis in range(3))
     return jnp.where(segment[:, None] == segment[None], scores, _NEVER)
 
 
-def _forward(q, k, v, segment, used):
+def _bias(grid, table, p, h):
+    """Entries of the table (3, K, K) that a patch reads, and the head's table (3, R)."""
+    if grid is None:
+        return None
+    bound = table.shape[1] // 2
+    at = grid[p].T  # (3, K)
+    return jnp.clip(at[:, :, None] - at[:, None], -bound, bound) + bound, table[..., h]
+
+
+def _forward(q, k, v, segment, used, grid, table):
     heads = q.shape[1]
 
     def one(i, carry):
         out, lse = carry
         p, h = i // heads, i % heads
-        scores = _scores(q[p, h], k[p, h], segment[p])
+        scores = _scores(q[p, h], k[p, h], segment[p], _bias(grid, table, p, h))
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
@@ -54,33 +76,40 @@ def _forward(q, k, v, segment, used):
     return jax.lax.fori_loop(0, used * heads, one, init)
 
 
-def _fwd(q, k, v, segment, used):
-    out, lse = _forward(q, k, v, segment, used)
-    return out, (q, k, v, segment, used, out, lse)
+def _fwd(q, k, v, segment, used, grid, table):
+    out, lse = _forward(q, k, v, segment, used, grid, table)
+    return out, (q, k, v, segment, used, grid, table, out, lse)
 
 
 def _bwd(saved, g):
-    q, k, v, segment, used, out, lse = saved
+    q, k, v, segment, used, grid, table, out, lse = saved
     heads, scale = q.shape[1], q.shape[-1] ** -0.5
     # sum over keys of weight x its gradient, by way of the output
     drop = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def one(i, grads):
-        dq, dk, dv = grads
+        dq, dk, dv, dtable = grads
         p, h = i // heads, i % heads
-        weights = jnp.exp(_scores(q[p, h], k[p, h], segment[p]) - lse[p, h][:, None])
+        bias = _bias(grid, table, p, h)
+        weights = jnp.exp(_scores(q[p, h], k[p, h], segment[p], bias) - lse[p, h][:, None])
         slope = jnp.dot(g[p, h], v[p, h].T, preferred_element_type=jnp.float32)
-        slope = (weights * (slope - drop[p, h][:, None]) * scale).astype(q.dtype)
+        slope = weights * (slope - drop[p, h][:, None])
+        if bias is not None:
+            axes = jnp.arange(3)[:, None, None]
+            dtable = dtable.at[axes, bias[0], h].add(slope[None])
+        slope = (slope * scale).astype(q.dtype)
         weights = weights.astype(g.dtype)
         return (
             dq.at[p, h].set(jnp.dot(slope, k[p, h])),
             dk.at[p, h].set(jnp.dot(slope.T, q[p, h])),
             dv.at[p, h].set(jnp.dot(weights.T, g[p, h])),
+            dtable,
         )
 
-    init = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
-    grads = jax.lax.fori_loop(0, used * heads, one, init)
-    return *grads, None, None
+    zero_table = None if table is None else jnp.zeros_like(table)
+    init = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), zero_table
+    dq, dk, dv, dtable = jax.lax.fori_loop(0, used * heads, one, init)
+    return dq, dk, dv, None, None, None, dtable
 
 
 patch_attention.defvjp(_fwd, _bwd)

@@ -1,4 +1,4 @@
-"""Submanifold 3x3x3 convolution over the neighbour table of a level.
+"""Submanifold convolution over the neighbour table of a level.
 
 Blocks of rows gather their 27 neighbours side by side and meet the kernel in one matrix product;
 blocks of padding are skipped. The transpose of the table is the table itself with mirrored taps, so
@@ -8,7 +8,6 @@ that the gradients are gathers as well.
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.neighbours import CENTRE
 from point_jax.ops.gather import take_rows
 
 _BLOCK_BYTES = (
@@ -28,7 +27,7 @@ def submanifold_conv(
 
     Args:
       x: (N, C).
-      weight: (T, C, F), taps in the order of a (3, 3, 3) kernel (a correlation, not flipped).
+      weight: (T, C, F), taps in the order of a cubic kernel (a correlation, not flipped).
       neighbours: (T, N) int32, N for none.
       voxel: (N,) int32, the row that represents each row's voxel.
       count: () int32, rows in use.
@@ -46,15 +45,16 @@ def _fwd(x, weight, neighbours, voxel, count):
 
 def _bwd(saved, g):
     x, weight, neighbours, voxel, count = saved
+    centre = len(neighbours) // 2
     g = jnp.where((voxel < len(x))[:, None], g, 0)
     grad_weight = _correlate_weight(x, g, neighbours, count).astype(weight.dtype)
     # A representative is read by every row of each voxel around it: by the sum of their gradients.
     # The centre tap stays row by row.
     rows = jnp.arange(len(x), dtype=voxel.dtype)
-    mirrored = jnp.where((rows == voxel)[None], neighbours[::-1], len(x)).at[CENTRE].set(len(x))
+    mirrored = jnp.where((rows == voxel)[None], neighbours[::-1], len(x)).at[centre].set(len(x))
     transposed = jnp.swapaxes(weight, 1, 2)
     grad = _correlate(_sum_duplicates(g, voxel), transposed, mirrored, count)
-    grad = grad + g @ weight[CENTRE].T
+    grad = grad + g @ weight[centre].T
     return grad.astype(x.dtype), grad_weight, None, None, None
 
 

@@ -1,1 +1,0 @@
-"""What features are worth, and features of whole scenes."""

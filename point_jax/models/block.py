@@ -1,0 +1,214 @@
+"""The blocks of a level: convolutional position, patch attention, MLP.
+
+The equal blocks of a stage are one block with stacked parameters under `lax.scan`, so that a stage
+is compiled once however deep it is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from point_jax.geometry.hierarchy import Level
+from point_jax.models.layers import Mlp, SubmanifoldConv, layer_norm, linear, stack
+from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
+from point_jax.ops.attention import patch_attention
+from point_jax.ops.gather import from_slots, take_rows, to_slots
+from point_jax.ops.rotary import rotate
+
+
+class Motion(NamedTuple):
+    """How rotary coordinates move: (coord + shift) * scale, (..., G, 3) float32 each."""
+
+    shift: jax.Array
+    scale: jax.Array
+
+
+class Block(nnx.Module):
+    """Convolutional position, patch attention, MLP; each a residual branch."""
+
+    def __init__(self, stage: StageSpec, spec: PTv3Spec, rotary: Rotary | None, *, rngs: nnx.Rngs):
+        channels, dtype = stage.channels, spec.dtype
+        self.conv = SubmanifoldConv(channels, dtype)
+        self.conv_linear = linear(channels, channels, dtype, rngs)
+        self.conv_norm = layer_norm(channels, rngs)
+        self.norm1 = layer_norm(channels, rngs)
+        self.qkv = linear(channels, 3 * channels, dtype, rngs)
+        self.proj = linear(channels, channels, dtype, rngs)
+        self.norm2 = layer_norm(channels, rngs)
+        self.mlp = Mlp(channels, int(channels * spec.mlp_ratio), channels, dtype, rngs=rngs)
+        self.scale1 = _layer_scale(channels, spec.layer_scale)
+        self.scale2 = _layer_scale(channels, spec.layer_scale)
+        entries = 2 * bias_bound(stage.patch_size) + 1
+        self.bias_table = (
+            nnx.Param(jnp.zeros((3, entries, stage.heads))) if spec.relative_bias else None
+        )
+        self.stage, self.rotary = stage, rotary
+
+    def __call__(
+        self,
+        x: jax.Array,
+        seen: jax.Array,
+        level: Level,
+        order: jax.Array,
+        keep: tuple[jax.Array, jax.Array],
+        coord: jax.Array | None,
+        motion: Motion | None,
+    ) -> jax.Array:
+        """One block.
+
+        Args:
+          x: (N, C) float32.
+          seen: (N, C) float32, what the convolution reads: x, but see `PTv3Spec.pooling`.
+          level: structure of the level.
+          order: () int32, which order the patches follow.
+          keep: what drop path multiplies the two branches with, (N,) float32 or () each.
+          coord: (N, 3) float32 metres, and motion of (G, 3): for rotary positions, else None.
+        """
+        x = x + self.conv_norm(self.conv_linear(self.conv(seen, level)))
+        attended = self._attention(self.norm1(x), level, order, coord, motion)
+        x = x + _branch(attended, self.scale1, keep[0])
+        return x + _branch(self.mlp(self.norm2(x)), self.scale2, keep[1])
+
+    def _attention(
+        self,
+        x: jax.Array,
+        level: Level,
+        order: jax.Array,
+        coord: jax.Array | None,
+        motion: Motion | None,
+    ) -> jax.Array:
+        layout, heads = level.patches[self.stage.patch_size], self.stage.heads
+        slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
+        patches = len(layout.segment)
+        slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
+        q, k, v = rearrange(
+            self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
+        )
+        if self.rotary is not None:
+            if coord is None or motion is None:
+                raise ValueError("a network with rotary positions needs `coord`")
+            cloud = jnp.maximum(layout.segment, 0)
+            at = take_rows(coord, slot_point).reshape(*cloud.shape, 3)
+            at = (at + motion.shift[cloud]) * motion.scale[cloud]
+            q, k = rotate(q, at, self.rotary.base), rotate(k, at, self.rotary.base)
+        grid = table = None
+        if self.bias_table is not None:
+            grid = take_rows(level.grid, slot_point).reshape(*layout.segment.shape, 3)
+            table = self.bias_table[...]
+        mixed = patch_attention(q, k, v, layout.segment, layout.used, grid, table)
+        mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
+        return self.proj(from_slots(mixed, slot_point, point_slot))
+
+
+def bias_bound(patch_size: int) -> int:
+    """Farthest voxel that the relative position bias tells apart, as the originals set it."""
+    return int((4 * patch_size) ** (1 / 3) * 2)
+
+
+def _layer_scale(channels: int, start: float | None) -> nnx.Param | None:
+    return None if start is None else nnx.Param(jnp.full(channels, start))
+
+
+def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array:
+    y = y.astype(jnp.float32)
+    if scale is not None:
+        y = y * scale[...][None]
+    return y * (keep[:, None] if keep.ndim else keep)
+
+
+class Stage(nnx.Module):
+    """The blocks of a level, and the way into it."""
+
+    def __init__(self, stage: StageSpec, spec: PTv3Spec, rates: np.ndarray, rotary: Rotary | None):
+        self.blocks = stack(lambda r: Block(stage, spec, rotary, rngs=r), stage.depth)
+        self.rates = tuple(float(rate) for rate in rates)
+        self.orders = len(spec.curves)
+        self.remat = spec.remat
+        self.rotary = rotary
+
+    def __call__(
+        self,
+        x: jax.Array,
+        level: Level,
+        turn: jax.Array,
+        noise_keys: jax.Array | None,
+        coord: jax.Array | None,
+        seen: jax.Array | None = None,
+    ) -> jax.Array:
+        """Runs the blocks.
+
+        Args:
+          x: (N, C).
+          level: structure of the level.
+          turn: (O,) int32, the order of each turn; block b takes turn b mod O.
+          noise_keys: (G,) keys, one a cloud, for drop path and moved coordinates; None for none.
+          coord: (N, 3) float32 metres, for rotary positions.
+          seen: (N, C), what the first convolution reads; None for x.
+        """
+        depth = len(self.rates)
+        graph, params = nnx.split(self.blocks)
+        orders = turn[jnp.arange(depth) % self.orders]
+        keep = _keep(jnp.array(self.rates), level, noise_keys if any(self.rates) else None)
+        motion = None
+        if self.rotary is not None:
+            motion = _motion(self.rotary, depth, len(level.starts) - 1, noise_keys)
+
+        def block(carry, this):
+            x, seen = carry
+            params, order, keep, motion = this
+            module = nnx.merge(graph, params)
+            x = module(x, x if seen is None else seen, level, order, keep, coord, motion)
+            return (x, None if seen is None else x), None
+
+        body = jax.checkpoint(block) if self.remat else block
+        return jax.lax.scan(body, (x, seen), (params, orders, keep, motion))[0][0]
+
+
+def _motion(rotary: Rotary, depth: int, clouds: int, keys: jax.Array | None) -> Motion:
+    """The motion of every block's rotary coordinates, (depth, G, 3): none without keys."""
+    shape = depth, clouds, 3
+    if keys is None:
+        return Motion(jnp.zeros(shape), jnp.ones(shape))
+
+    def draw(key):
+        # Drop path folds in indices of points; this number is not one.
+        parts = jax.random.split(jax.random.fold_in(key, np.uint32(0xFFFFFFFF)), 3)
+
+        def uniform(part, width, bound):
+            return jax.random.uniform(part, (depth, width), minval=-bound, maxval=bound)
+
+        shift = uniform(parts[0], 3, rotary.shift)
+        stretch = uniform(parts[1], 3, np.log(rotary.jitter))
+        return shift, jnp.exp(stretch + uniform(parts[2], 1, np.log(rotary.rescale)))
+
+    shift, scale = jax.vmap(draw, out_axes=1)(keys)
+    return Motion(shift, scale)
+
+
+def _keep(rates: jax.Array, level: Level, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Drop-path factors of a stage's two branches: (depth, N) each, or (depth,) ones without keys.
+
+    Drop path acts on single points, as upstream. A point's bits depend on its cloud's key and its
+    index in the cloud, so not on what else is in the row.
+    """
+    if keys is None:
+        ones = jnp.ones(rates.shape)
+        return ones, ones
+    clouds = keys.shape[0]
+    cloud = jnp.minimum(level.cloud, clouds - 1)
+    index = jnp.arange(level.cloud.shape[0]) - level.starts[level.cloud]
+
+    def draw(key, index):
+        return jax.random.bits(jax.random.fold_in(key, index), rates.shape, jnp.uint32)
+
+    bits = jax.vmap(draw)(keys[cloud], index.astype(jnp.uint32)).T  # (depth, N)
+    rates = rates[:, None]
+
+    def factor(half):
+        return jnp.where(half.astype(jnp.float32) / (1 << 16) < rates, 0.0, 1 / (1 - rates))
+
+    return factor(bits >> 16), factor(bits & 0xFFFF)

@@ -1,0 +1,252 @@
+"""Rows: scenes as views with masks, structure and matches, ready for the networks.
+
+The teacher's row holds the large views; the student's the same with blocks of points masked and
+jittered, and a second one the small views. Everything is integer structure or input features: no
+parameters, no gradients.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from point_jax.data.masks import jitter_masked, random_mask
+from point_jax.data.views import ViewBatch, ViewSpec, make_views
+from point_jax.geometry.hierarchy import (
+    Hierarchy,
+    HierarchySpec,
+    Level,
+    build_hierarchy,
+    sort_row,
+)
+from point_jax.geometry.matching import nearest
+from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.interface import Scene, Schedule, Stats
+from point_jax.ops.gather import take_rows
+from point_jax.ops.pool import cluster_mean
+
+LOSSES = ("mask", "roll", "unmask")
+
+
+class Views(NamedTuple):
+    """Some views of a scene as a row of N slots; A is the capacity of the level that the heads see.
+
+    Attributes:
+      features: (N, 9) float32: augmented coordinates (metres), colour 0 to 1, normal.
+      coord: (N, 3) float32, where the points are (metres): as in `features`, but for the jitter of
+        masked points, which moves their voxels and rotary positions and not their features.
+      mask: (N,) bool, masked points.
+      hierarchy: the row's structure, one cloud a view.
+      origin: (A, 3) float32, scene coordinates of the points of the heads' level, metres.
+      dropped: () int32, points that did not fit the row.
+    """
+
+    features: jax.Array
+    coord: jax.Array
+    mask: jax.Array
+    hierarchy: Hierarchy
+    origin: jax.Array
+    dropped: jax.Array
+
+
+class Row(NamedTuple):
+    """A scene, ready for the networks.
+
+    Attributes:
+      teacher, masked, local: the views that the teacher sees, the same masked, and the small ones.
+      matches: for each loss the teacher's point (index on the heads' level) of every student's
+        point; the capacity A of the teacher's level for none.
+      key: of the row's drop path and moved rotary coordinates.
+      scenes: () float32, 1; 0 if the scene is empty.
+    """
+
+    teacher: Views
+    masked: Views
+    local: Views
+    matches: dict[str, jax.Array]
+    key: jax.Array
+    scenes: jax.Array
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """Makes rows; the fields are those of `SonataSpec`."""
+
+    network: PTv3Spec
+    views: ViewSpec
+    shares: tuple[float, ...]
+    up_cast: int
+    mask_jitter: float
+    match_radius: float
+
+    def shape(self, views: int, capacity: int) -> HierarchySpec:
+        """The hierarchy of a row that holds some views of some capacity."""
+        slots = views * capacity
+        capacities = tuple(max(16, math.ceil(slots * share / 8) * 8) for share in self.shares)
+        return self.network.hierarchy(capacities, views)
+
+    @property
+    def global_shape(self) -> HierarchySpec:
+        """Of the teacher's row and of the masked one."""
+        return self.shape(self.views.global_count, self.views.global_capacity)
+
+    @property
+    def local_shape(self) -> HierarchySpec:
+        """Of the row of small views."""
+        return self.shape(self.views.local_count, self.views.local_capacity)
+
+    def make(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
+        """Views, masks, structure and matches of a scene.
+
+        Args:
+          scene: `coord` (P, 3) float32 metres, `color` (P, 3) 0-255, `normal` (P, 3),
+            `count` () int32.
+          key: of this scene in this step.
+          schedule: `mask_size` metres and `mask_ratio`, () float32.
+        """
+        views_key, mask_key, jitter_key, noise_key = jax.random.split(key, 4)
+        views = make_views(dict(scene), views_key, self.views)
+        large, small = views.global_, views.local
+        valid = jnp.arange(large.coord.shape[1])[None] < large.count[:, None]
+        mask = jax.vmap(random_mask, (0, 0, 0, None, None))(
+            jax.random.split(mask_key, len(valid)),
+            large.coord,
+            valid,
+            schedule["mask_size"],
+            schedule["mask_ratio"],
+        )
+        noise = jax.random.normal(jitter_key, large.coord.shape)
+        jittered = jax.vmap(jitter_masked, (0, 0, 0, None))(
+            large.coord, mask, noise, self.mask_jitter
+        )
+        # The teacher's row and the masked one have one shape: a loop compiles it once.
+        sides = jax.lax.map(
+            lambda side: self._views(large, side[0], side[1], self.global_shape),
+            (jnp.stack([large.coord, jittered]), jnp.stack([jnp.zeros_like(mask), mask])),
+        )
+        row = self.assemble(
+            jax.tree.map(lambda x: x[0], sides),
+            jax.tree.map(lambda x: x[1], sides),
+            self._views(
+                small, small.coord, jnp.zeros(small.coord.shape[:2], bool), self.local_shape
+            ),
+            noise_key,
+            (scene["count"] > 0).astype(jnp.float32),
+        )
+        return row, self._stats(row, scene, views.points, views.overflow)
+
+    def assemble(
+        self, teacher: Views, masked: Views, local: Views, key: jax.Array, scenes: jax.Array
+    ) -> Row:
+        """Matches the student's points to the teacher's and puts a row together."""
+        level = -1 - self.up_cast
+        cloud = teacher.hierarchy[level].cloud
+        views = self.views.global_count
+        point = jnp.where(cloud < views, cloud, -2)
+        rolled = jnp.where(cloud < views, (cloud + 1) % views, -2)
+        major = jnp.where(cloud == 0, 0, -2)
+        query = masked.hierarchy[level]
+        query_cloud = jnp.where(query.valid, query.cloud, -1)
+        local_query = jnp.where(local.hierarchy[level].valid, 0, -1)
+
+        def match(student, query_cloud, point_cloud):
+            return nearest(
+                student.origin, query_cloud, teacher.origin, point_cloud, self.match_radius
+            )
+
+        matches = {
+            "mask": match(masked, query_cloud, point),
+            "roll": match(masked, query_cloud, rolled),
+            "unmask": match(local, local_query, major),
+        }
+        return Row(teacher, masked, local, matches, key, scenes)
+
+    def arrange(
+        self,
+        grid: jax.Array,
+        coord: jax.Array,
+        origin: jax.Array,
+        features: jax.Array,
+        cloud: jax.Array,
+        valid: jax.Array,
+        mask: jax.Array,
+        spec: HierarchySpec,
+        depths: jax.Array | None = None,
+    ) -> Views:
+        """Sorts points (A of them) into a row and builds its structure.
+
+        Args:
+          grid: (A, 3) int32.
+          coord: (A, 3) float32, metres.
+          origin: (A, 3) float32, scene coordinates.
+          features: (A, 9) float32.
+          cloud: (A,) int32, the view.
+          valid, mask: (A,) bool.
+          spec: the row's shape.
+          depths: bits of the curves, see `build_hierarchy`.
+        """
+        order, count, overflow = sort_row(grid, cloud, valid, spec.capacities[0])
+        parts = [features, origin, coord, mask[:, None].astype(jnp.float32)]
+        packed = take_rows(jnp.concatenate(parts, axis=1), order)
+        hierarchy = build_hierarchy(
+            take_rows(grid, order), take_rows(cloud, order), count, spec, depths
+        )
+        width = features.shape[1]
+        features, mask = packed[:, :width], packed[:, -1] > 0
+        origin, coord = packed[:, width : width + 3], packed[:, width + 3 : width + 6]
+        for level in hierarchy[1 : len(hierarchy) - self.up_cast]:
+            origin = cluster_mean(origin, level.first_child)
+        return Views(features, coord, mask, hierarchy, origin, overflow)
+
+    def _views(
+        self, views: ViewBatch, coord: jax.Array, mask: jax.Array, spec: HierarchySpec
+    ) -> Views:
+        """A row of views with the voxels of `coord` (V, N, 3) and the features of the views."""
+        count, capacity = coord.shape[:2]
+        valid = jnp.arange(capacity)[None] < views.count[:, None]
+        lowest = jnp.where(valid[..., None], coord, jnp.inf).min(1, keepdims=True)
+        steps = jnp.where(valid[..., None], (coord - lowest) / self.views.grid_size, 0.0)
+        grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
+        features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
+        cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
+        grid, place, origin, features = (
+            x.reshape(count * capacity, *x.shape[2:]) for x in (grid, coord, views.origin, features)
+        )
+        cloud, valid, mask = (x.reshape(-1) for x in (cloud, valid, mask))
+        return self.arrange(grid, place, origin, features, cloud, valid, mask, spec)
+
+    def _stats(self, row: Row, scene: Scene, points: jax.Array, overflow) -> Stats:
+        sides = (row.teacher, row.masked, row.local)
+        used = sum(side.hierarchy[0].count for side in sides)
+        slots = sum(len(side.hierarchy[0].cloud) for side in sides)
+        students = [student_level(row, name, self.up_cast).count for name in LOSSES]
+        lost = [side.dropped for side in sides]
+        lost += [level.overflow for side in sides for level in side.hierarchy]
+        first = row.masked.hierarchy[0]
+        stats = {
+            "points": points,
+            "empty_scenes": 1.0 - row.scenes,
+            "cut": scene.get("cut", jnp.zeros(())),
+            "padding": 1.0 - used / slots,
+            "masked": (row.masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
+            "student_points": sum(students),
+            "overflow_grid": overflow["grid"],
+            "overflow_elastic": overflow["elastic"],
+            "overflow_row": sum(lost),
+        }
+        return {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
+
+
+def student_level(row: Row, name: str, up_cast: int) -> Level:
+    """The level on which a loss compares the student's points."""
+    side = row.local if name == "unmask" else row.masked
+    return side.hierarchy[-1 - up_cast]
+
+
+def matched_per_view(row: Row, name: str, level: Level) -> jax.Array:
+    """(V,) float32: points of each of the student's views that have a match for a loss."""
+    found = row.matches[name] < len(row.teacher.origin)
+    views = len(level.starts) - 1
+    return jax.ops.segment_sum(found.astype(jnp.float32), level.cloud, views)
