@@ -18,7 +18,7 @@ import jax
 
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
-from point_jax.evaluation.encode import make_encoder, voxelize
+from point_jax.features.encoder import Encoder
 from point_jax.objectives.settings import make_sonata
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, schedules
@@ -54,21 +54,24 @@ def main(argv: Sequence[str]) -> int:
         if not scenes:
             return
         spec = objective.spec
-        voxels = [voxelize(scene, spec.views.grid_size) for scene in scenes]
-        encode = make_encoder(spec.network, voxels, spec.up_cast)
-        rows = [
-            FeatureScene(
-                scene.name,
-                scene.coord[v.index],
-                None if scene.color is None else scene.color[v.index],
-                None if scene.normal is None else scene.normal[v.index],
-                {
-                    "untrained teacher, PCA": encode(untrained["backbone"], v),
-                    "trained teacher, PCA": encode(trained["backbone"], v),
-                },
+        encoder = Encoder(spec.network, untrained["backbone"], spec.views.grid_size)
+        columns = {
+            "untrained teacher, PCA": encoder,
+            "trained teacher, PCA": encoder.with_params(trained["backbone"]),
+        }
+        maps = {name: encode(scenes) for name, encode in columns.items()}
+        rows = []
+        for i, scene in enumerate(scenes):
+            shown = maps["trained teacher, PCA"][i].voxels
+            rows.append(
+                FeatureScene(
+                    scene.name,
+                    scene.coord[shown],
+                    None if scene.color is None else scene.color[shown],
+                    None if scene.normal is None else scene.normal[shown],
+                    {name: of[i].up_cast(spec.up_cast).at_voxels() for name, of in maps.items()},
+                )
             )
-            for scene, v in zip(scenes, voxels, strict=True)
-        ]
         feature_picture(rows).save(folder / "pca.png")
 
     return loop.train(

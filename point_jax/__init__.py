@@ -1,1 +1,24 @@
-"""Point Transformer V3 pretraining on 3D scenes in JAX."""
+"""Self-supervised pretraining of Point Transformer V3 on 3D scenes, in JAX.
+
+    encoder = point_jax.load("runs/quickstart")
+    features = encoder([{"coord": coord, "color": color, "normal": normal}])[0].at_points()
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from point_jax.features.encoder import Encoder
+    from point_jax.features.load import load
+    from point_jax.features.maps import PointFeatures
+
+__all__ = ["Encoder", "PointFeatures", "load"]
+
+_HOME = {"Encoder": "encoder", "PointFeatures": "maps", "load": "load"}
+
+
+def __getattr__(name: str) -> Any:
+    """The parts for users, imported when asked for: importing a submodule stays cheap."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"point_jax.features.{_HOME[name]}"), name)

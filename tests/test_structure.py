@@ -17,9 +17,8 @@ LEANS_ON = {
     "data": ("geometry",),
     "objectives": ("models", "ops", "geometry", "data"),
     "training": ("objectives.interface",),
-    "evaluation": ("models", "ops", "geometry", "data"),
     "visual": (),
-    "interop": ("models",),
+    "interop": ("models", "ops", "geometry", "objectives.settings", "training.checkpoint"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Features of any cloud: the default transform, bucketed encoding, and maps back to the points."""

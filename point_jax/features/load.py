@@ -1,0 +1,67 @@
+"""An encoder from a checkpoint."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from point_jax.features.encoder import Encoder
+from point_jax.features.voxels import Input
+from point_jax.interop.release import spec_of
+from point_jax.interop.store import MANIFEST, load_weights
+from point_jax.interop.workdir import is_workdir, read_workdir
+from point_jax.training.checkpoint import CheckpointError
+
+# Edge of a voxel, metres, in each release's default transform.
+GRID_SIZE = {"PT-v3m1": 0.02, "PT-v3m2": 0.02, "PT-v3m3": 0.01}
+
+
+def load(
+    path: str | Path,
+    *,
+    tree: Literal["teacher", "student"] = "teacher",
+    grid_size: float | None = None,
+    inputs: tuple[Input, ...] | None = None,
+    dtype: Any = jnp.float32,
+    **options: Any,
+) -> Encoder:
+    """Loads an encoder.
+
+    Args:
+      path: a folder that `launch.convert` wrote, or one in which `launch.train` trained.
+      tree: of a pretraining, which of the two networks; releases are made of the teacher.
+      grid_size: edge of a voxel, metres; None for the one that the network was trained with.
+      inputs: the properties of a point that the network reads; needed where they are not
+        coordinates, colour and normal.
+      dtype: of the arithmetic: `jnp.float32` or `jnp.bfloat16`.
+      options: others of `Encoder`: scale, max_voxels, margin.
+
+    Raises:
+      CheckpointError: nothing there, damaged, or no encoder.
+      ValueError: an option that does not fit the network.
+    """
+    path = Path(path)
+    if is_workdir(path):
+        weights = read_workdir(path)
+    elif (path / MANIFEST).is_file():
+        weights = load_weights(path)
+    else:
+        what = "no such folder" if not path.exists() else "neither a run nor converted weights"
+        raise CheckpointError(
+            f"{path}: {what}; expected the --workdir of launch.train with a checkpoint in it, or "
+            "what launch.convert made of a PyTorch file"
+        )
+    params = weights.params[tree] if weights.kind == "pretraining" else weights.params
+    if "backbone" not in params:
+        raise CheckpointError(f"{path}: holds a {weights.kind}, not an encoder")
+    spec = spec_of(weights.config, weights.variant, dtype)
+    if inputs is None and spec.inputs == 9:
+        inputs = ("coord", "color", "normal")
+    return Encoder(
+        spec,
+        jax.tree.map(jnp.asarray, params["backbone"]),
+        grid_size=grid_size or weights.source.get("grid_size") or GRID_SIZE[weights.variant],
+        inputs=inputs or (),
+        **options,
+    )

@@ -1,0 +1,80 @@
+"""The newest checkpoint of a run of this project as `Weights`."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+
+from point_jax.interop.convert import backbone_template
+from point_jax.interop.files import read_json
+from point_jax.interop.release import config_of
+from point_jax.interop.store import Weights, digest, leaves
+from point_jax.objectives.settings import default_network, network_spec
+from point_jax.training import checkpoint
+from point_jax.training.checkpoint import FOLDER, CheckpointError
+
+CONFIG = "config.json"
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a folder is one that `launch.train` made, with a checkpoint in it."""
+    return (path / CONFIG).is_file() and (path / FOLDER).is_dir()
+
+
+def read_workdir(workdir: Path | str) -> Weights:
+    """Student and teacher of a run's newest checkpoint, every bit checked.
+
+    Returns:
+      A pretraining; `source` has the step under "numbers".
+
+    Raises:
+      CheckpointError: there is no checkpoint, it is damaged, or its network is not the config's.
+    """
+    workdir = Path(workdir)
+    if not is_workdir(workdir):
+        raise CheckpointError(f"{workdir} is no run's folder: no {CONFIG} and {FOLDER} in it")
+    content = read_json(workdir / CONFIG)
+    try:
+        # A run of an older program lacks the newest keys, and had what are now their defaults.
+        spec = network_spec(default_network().to_dict() | content["config"]["network"])
+        variant, config = config_of(spec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{workdir / CONFIG} describes no network: {error}") from error
+    steps = [int(p.name) for p in (workdir / FOLDER).iterdir() if p.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {workdir / FOLDER}")
+    folder = workdir / FOLDER / str(max(steps))
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        saved = handler.metadata(epath.Path((folder / "state").absolute())).tree
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        template = {
+            tree: jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+                saved[tree],
+            )
+            for tree in ("student", "teacher")
+        }
+    except Exception as error:  # whatever a damaged file makes the library raise
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
+    wanted = {name: leaf.shape for name, leaf in leaves(backbone_template(spec))}
+    faults = []
+    for tree, part in template.items():
+        found = {name: leaf.shape for name, leaf in leaves(part.get("backbone", {}))}
+        for name in sorted(wanted.keys() | found.keys()):
+            have, want = found.get(name, "missing"), wanted.get(name, "absent")
+            faults += [f"{tree}/backbone/{name} is {have}, not {want}"] if have != want else []
+    if faults:
+        raise CheckpointError(f"{folder} is not of the network in {CONFIG}: {'; '.join(faults)}")
+    state = jax.device_get(checkpoint.load_weights(folder, template))
+    weights = Weights("pretraining", variant, config, dict(state))
+    source = {
+        "file": f"{workdir.name}/{FOLDER}/{folder.name}",
+        "format": "workdir",
+        "sha256": digest(weights),
+        "numbers": {"step": max(steps)},
+    }
+    return dataclasses.replace(weights, source=source)
