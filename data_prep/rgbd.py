@@ -291,6 +291,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"--output={arguments.output} is not empty; remove it or choose another")
+    if not 0 <= arguments.test < arguments.clouds:
+        parser.error(f"--test={arguments.test} of --clouds={arguments.clouds} leaves none to train")
     try:
         with Progress() as progress:
             for split, scene, frames in convert(arguments, progress):

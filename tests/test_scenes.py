@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import tempfile
 import warnings
@@ -175,6 +176,12 @@ BAD_SCENES = {
                     "coord.npy: extent is .* m apart.*centimetres.*units='cm'"),
     "one far outlier": ({"coord": np.concatenate([example().coord[1:], [[4000, 0, 0]]])},
                         "coord.npy: extent is 4.*98 % of the points lie within.*outliers"),
+    "an outlier in another town": (
+        {"coord": np.concatenate([example().coord[1:], [[1e4, 0, 0]]]).astype(np.float64)},
+        "coord.npy: coordinates up to 1.*98 % of the points lie within.*outliers"),
+    "an outlier in the next street": (
+        {"coord": np.concatenate([example().coord[1:], [[400, 0, 0]]])},
+        "coord.npy: extent is 4.*98 % of the points lie within.*outliers"),
     "survey coordinates": ({"coord": example().coord + np.array([4e5, 0, 0])},
                            "coord.npy: coordinates up to 4.*subtract an offset"),
     "huge": ({"coord": example().coord * 1e30}, "coord.npy: coordinates up to"),
@@ -220,6 +227,21 @@ def test_metres_called_millimetres_are_noticed(tmp_path):
     write_arrays(tmp_path, coord=example().coord)
     with pytest.raises(SceneError, match="extent is 0.00.*units='mm'.*metres.*units='m'"):
         load_scene(tmp_path, "mm", "z")
+
+
+@pytest.mark.parametrize(
+    ("true", "said", "points"), [("cm", "m", 750_000), ("mm", "m", 750_000), ("mm", "cm", 60_000)]
+)
+def test_a_dense_room_in_a_smaller_unit_is_noticed(tmp_path, true, said, points):
+    """Points on the walls of 4 x 3 x 2.5 m. A hall ten times that size may be real, if dense."""
+    rng = np.random.default_rng(0)
+    coord = rng.uniform(0, [4, 3, 2.5], (points, 3)).astype(np.float32)
+    side = rng.integers(0, 3, len(coord))
+    coord[np.arange(len(coord)), side] = 0
+    write_arrays(tmp_path, coord=coord * {"cm": 100, "mm": 1000}[true])
+    assert len(load_scene(tmp_path, true, "z").coord) == len(coord)
+    with pytest.raises(SceneError, match="coord.npy: extent is"):
+        load_scene(tmp_path, said, "z")
 
 
 def test_large_scenes_pass_when_they_are_dense(tmp_path):
@@ -272,6 +294,15 @@ def test_missing_folders_are_refused_by_name(tmp_path):
         Dataset(tmp_path, units="m", up="z")
     with pytest.raises(SceneError, match="val: no scene folders"):
         Dataset(tmp_path, "val", units="m", up="z")
+    (tmp_path / "val" / "room").symlink_to(tmp_path / "gone")
+    with pytest.raises(SceneError, match="val/room: a link to .*gone, which is not there"):
+        Dataset(tmp_path, "val", units="m", up="z")
+
+
+def test_what_is_not_a_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "coord.npy")
+    with pytest.raises(SceneError, match="coord.npy: not a regular file"):
+        load_scene(tmp_path, "m", "z")
 
 
 def test_scenes_in_memory_obey_the_same_rules(tmp_path):

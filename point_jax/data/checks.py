@@ -15,6 +15,8 @@ UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}
 VOXEL = 0.02  # metres: the finest grid that training uses
 SMALLEST, LARGEST = 0.2, 500.0  # metres: extents beyond are taken for mixed-up units
 WIDE, SPARSE = 50.0, 0.5  # metres: a scene wider than WIDE must be denser than SPARSE
+# A scene that is large in all three directions, like a room in too large a unit, must be denser.
+TALL, ROOM_SHAPE, ROOM_SPARSE = 20.0, 0.25, 0.05  # metres; smallest extent over largest; metres
 RESOLUTION = 1e-3  # metres: float32 must resolve this at the largest coordinate
 UNIT_TOLERANCE = 0.02  # of a normal's length; float16 needs 0.001
 
@@ -30,6 +32,8 @@ def read_array(file: str | Path) -> np.ndarray:
         SceneError: for a missing, unreadable, truncated or pickled file.
     """
     file = Path(file)
+    if file.exists() and not file.is_file():
+        raise SceneError(f"{file}: not a regular file")
     try:
         content = file.read_bytes()
     except FileNotFoundError as error:
@@ -76,8 +80,10 @@ def check_coord(array: np.ndarray, file: Path, units: str) -> np.ndarray:
     far = float(max(abs(coord.min()), abs(coord.max()))) * UNITS[units]
     if not math.isfinite(far) or far > RESOLUTION * 2**23:
         with np.errstate(over="ignore"):
-            extent = float(np.ptp(coord, axis=0).max()) * UNITS[units]
-        reason = _units_hint(extent, units) or "subtract an offset from the coordinates"
+            extent = float(np.ptp(coord, axis=0).max())
+            reason = _outliers_hint(coord, extent, units)
+        reason = reason or _units_hint(extent * UNITS[units], units)
+        reason = reason or "subtract an offset from the coordinates"
         raise SceneError(
             f"{file}: coordinates up to {far:.6g} m (with units={units!r}) cannot be held in "
             f"float32 to a millimetre; {reason}"
@@ -96,25 +102,36 @@ def _units_hint(extent: float, units: str) -> str:
     return f"are the units {meaning}? then set units={likely!r}"
 
 
+def _outliers_hint(coord: np.ndarray, extent: float, units: str) -> str:
+    """What to do about a few points far from all others; empty if there are none."""
+    inner = float(np.ptp(np.percentile(coord, (1, 99), axis=0), axis=0).max())
+    if extent * UNITS[units] <= WIDE or inner >= extent / 10:
+        return ""
+    size = inner * UNITS[units]
+    return f"98 % of the points lie within {size:.3g} m: remove the outliers"
+
+
 def check_extent(coord: np.ndarray, file: Path, units: str) -> None:
     """Rejects a degenerate cloud and one whose size says that its units are mixed up."""
-    extent = float(np.ptp(coord, axis=0).max())
+    sides = np.ptp(coord, axis=0).astype(float)
+    extent = float(sides.max())
     if extent == 0:
         raise SceneError(f"{file}: all {len(coord)} points are the same one; remove the scene")
-    ask = _units_hint(extent, units)
+    # `coord` is in metres by now, whatever its units were.
+    outliers, ask = _outliers_hint(coord, extent, "m"), _units_hint(extent, units)
     if not SMALLEST <= extent <= LARGEST:
+        kind = f"expected {SMALLEST} to {LARGEST:g} m"
         if extent < VOXEL:
             kind = f"the whole scene lies within one voxel of {VOXEL} m"
-        else:
-            kind = f"expected {SMALLEST} to {LARGEST:g} m"
-        inner = float(np.ptp(np.percentile(coord, (1, 99), axis=0), axis=0).max())
-        if extent > LARGEST and inner < LARGEST / 10:
-            ask = f"98 % of the points lie within {inner:.3g} m: remove the outliers"
         raise SceneError(
             f"{file}: extent is {extent:.4g} m with units={units!r} ({kind}); "
-            f"{ask or 'check units'}"
+            f"{outliers or ask or 'check units'}"
         )
-    if extent > WIDE and (spacing := _spacing(coord)) > SPARSE:
+    if outliers:
+        raise SceneError(f"{file}: extent is {extent:.4g} m; {outliers}")
+    room = sides.min() > TALL and sides.min() > ROOM_SHAPE * extent
+    limit = ROOM_SPARSE if room else SPARSE if extent > WIDE else np.inf
+    if np.isfinite(limit) and (spacing := _spacing(coord)) > limit:
         raise SceneError(
             f"{file}: extent is {extent:.4g} m and the points are {spacing:.2g} m apart with "
             f"units={units!r}; {ask or 'check units, or leave this scene out'}"

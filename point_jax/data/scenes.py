@@ -107,7 +107,11 @@ class Dataset:
             names = ", ".join(entry.name for entry in there) or "no folders at all"
             raise SceneError(f"{self.root}: no split folder {split!r}; here are {names}")
         entries = sorted((self.root / split).iterdir())
-        scenes = [e for e in entries if e.is_dir() and not e.name.startswith(".")]
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in entries:
+            if entry.is_symlink() and not entry.exists():
+                raise SceneError(f"{entry}: a link to {entry.readlink()}, which is not there")
+        scenes = [entry for entry in entries if entry.is_dir()]
         if not scenes:
             raise SceneError(
                 f"{self.root / split}: no scene folders; expected {split}/<scene>/coord.npy"
