@@ -62,12 +62,14 @@ def read(path: Path, network: str | None, tree: str | None) -> tuple[Weights, li
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if (path / MANIFEST).is_file() or is_workdir(path):
-        weights = load_weights(path) if (path / MANIFEST).is_file() else read_workdir(path)
+        converted = (path / MANIFEST).is_file()
+        weights = load_weights(path) if converted else read_workdir(path)
+        remarks = [] if converted else ["left out: the optimizer's state, which stays in the run"]
         if network is not None:
             raise ConfigError(f"--network is for files without a config, and {path} has one")
         if tree is not None and weights.kind != "pretraining":
             raise ConfigError(f"--tree is for a pretraining, and {path} is one {weights.kind}")
-        return (weights if tree is None else encoder_of(weights, tree)), []
+        return (weights if tree is None else encoder_of(weights, tree)), remarks
     if path.is_dir() and not (path / TENSORS).is_file():
         raise CheckpointError(
             f"{path} is no folder of weights: expected {MANIFEST} (a converted checkpoint), "
@@ -103,8 +105,8 @@ def write(path: Path, to: str, weights: Weights) -> list[str]:
     if to == "pointcept":
         write_pth(path, to_pointcept(weights))
         return [
-            "left out: the optimizer's state; Pointcept starts from this file (weight=FILE), and "
-            "does not resume (resume=True)"
+            "Pointcept starts from this file (weight=FILE); without an optimizer's state it does "
+            "not resume (resume=True)"
         ]
     remarks = []
     if weights.kind in ("pretraining", "segmentor"):
@@ -125,6 +127,8 @@ def write(path: Path, to: str, weights: Weights) -> list[str]:
 def describe(weights: Weights) -> str:
     """Kind, variant, size and origin of weights in a line."""
     arrays = f"{count(weights.params) / 1e6:.2f} M parameters"
+    if "keys" in weights.source:
+        arrays += f" under {weights.source['keys']} keys"
     if weights.extra:
         arrays += f", {len(weights.extra)} arrays carried along"
     name = f"{weights.kind} {weights.variant}".strip()

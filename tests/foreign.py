@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from point_jax.interop.convert import backbone_template
+from point_jax.interop.files import Foreign
 from point_jax.interop.pointcept import to_state_dict
 from point_jax.interop.published import PUBLISHED
 from point_jax.interop.release import constants, spec_of
@@ -75,3 +76,9 @@ def pretraining_state(name="sonata_small", prefix="module."):
         for head in ("mask_head", "unmask_head"):
             state |= head_state(f"{prefix}{tree}.{head}.", seed=seed)
     return state
+
+
+def foreign(tmp_path, state, config=None, **changes):
+    """What reading a file with this content would give."""
+    (tmp_path / "source.pth").write_bytes(b"stands for the file, whose sha256 is kept")
+    return Foreign(config, state, "pth", tmp_path / "source.pth", **changes)

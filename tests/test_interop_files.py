@@ -27,6 +27,9 @@ from point_jax.interop.files import (
 from point_jax.interop.store import Weights, digest, load_weights, save_weights
 from point_jax.training.checkpoint import CheckpointError
 
+# A damaged file can end Orbax's event loop while a read is under way; it deplores that later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 EVERY_DTYPE = (
     *("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"),
     *(ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, "complex64"),

@@ -76,6 +76,7 @@ def to_weights(foreign: Foreign, network: str | None = None, tree: str | None = 
         source |= {"tree": tree, "prefix": ""}
         if not state:
             raise CheckpointError(f"{file} has no {tree}")
+    source["keys"] = len(state)
     outside: State = {}
     if kind == "linear_head":
         variant, config = "", _linear_config(state, foreign.config, file)
@@ -114,7 +115,7 @@ def to_state(weights: Weights) -> State:
             continue
         state |= to_state_dict(jax.tree.map(np.asarray, node), prefix)
         if place[-1] == "backbone":
-            fixed = constants(spec_of(weights.config, weights.variant))  # pyright: ignore[reportArgumentType]
+            fixed = constants(spec_of(weights.config, weights.variant))
             state |= {prefix + key: array for key, array in fixed.items()}
     for name, keys in weights.source.get("dtypes", {}).items():
         state |= {key: state[key].astype(dtype_of(name)) for key in keys if key in state}
@@ -143,6 +144,7 @@ def encoder_of(weights: Weights, tree: str = "teacher") -> Weights:
         for name, keys in weights.source.get("dtypes", {}).items()
     }
     source = weights.source | {"prefix": "", "dtypes": {n: k for n, k in dtypes.items() if k}}
+    source.pop("keys", None)  # of the whole
     return dataclasses.replace(
         weights,
         kind="encoder",

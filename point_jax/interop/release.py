@@ -89,9 +89,7 @@ def variant_of(keys: Collection[str]) -> Variant:
     return "PT-v3m2"
 
 
-def spec_of(
-    config: Mapping[str, Any], variant: str, dtype: jnp.dtype = jnp.float32
-) -> PTv3Spec:
+def spec_of(config: Mapping[str, Any], variant: str, dtype: jnp.dtype = jnp.float32) -> PTv3Spec:
     """The network of a release's config.
 
     Args:

@@ -45,7 +45,8 @@ class Weights:
       extra: arrays of the source without a place in `params`, under their own names, for the way
         back: Concerto's image branch, counters of batch norms.
       source: where they come from: `file`, `format`, `sha256`, and what the way back needs:
-        `prefix` of Pointcept's keys, `dtypes` (name -> keys) other than float32, `numbers`.
+        `prefix` of Pointcept's keys, `dtypes` (name -> keys) other than float32, `numbers`; and
+        how many `keys` there were.
     """
 
     kind: str
