@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.spatial import KDTree
 
+from point_jax.data.normals import local_planes
 from point_jax.data.scenes import SceneError
 
 
@@ -34,33 +35,6 @@ def voxel_mean(
         return np.stack(sums, 1) / total[:, None]
 
     return [mean(points), total, *(mean(value) for value in values)]
-
-
-def local_planes(
-    points: np.ndarray, support: np.ndarray, neighbours: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Fits a plane around each point by principal components.
-
-    Args:
-        points: (n, 3).
-        support: (m, 3) the points whose neighbourhoods are used; thinner than `points` makes the
-            neighbourhoods wider at the same cost.
-        neighbours: how many of `support`.
-
-    Returns:
-        (normal (n, 3) unit with arbitrary sign, centre (n, 3) of the neighbourhood).
-    """
-    tree = KDTree(support)
-    normal, centre = np.empty_like(points), np.empty_like(points)
-    for start in range(0, len(points), 50_000):  # bounds memory: 50,000 x 24 x 3 doubles
-        part = slice(start, start + 50_000)
-        _, index = tree.query(points[part], neighbours, workers=-1)
-        around = support[index]
-        centre[part] = around.mean(1)
-        around = around - centre[part][:, None]
-        # eigh sorts ascending: the first vector is the direction of least spread.
-        normal[part] = np.linalg.eigh(np.einsum("nki,nkj->nij", around, around))[1][:, :, 0]
-    return normal, centre
 
 
 def stray(points: np.ndarray, radius: float, fewest: int) -> np.ndarray:
@@ -104,12 +78,11 @@ def finish_cloud(
             f"images are too coarse for them; choose a larger --grid"
         )
     support = voxel_mean(points, 2 * size, weight)[0]
-    count = min(24, len(support))
-    normal, centre = local_planes(points, support, count)
-    above = np.sum((points - centre) * normal, axis=1, keepdims=True)
-    points = points - normal * np.clip(above, -2 * size, 2 * size)
+    planes = local_planes(points, support, 24)
+    above = np.sum((points - planes.centre) * planes.normal, axis=1, keepdims=True)
+    points = points - planes.normal * np.clip(above, -2 * size, 2 * size)
     points, weight, color, towards = voxel_mean(points, size, weight, color, towards)
-    normal, _ = local_planes(points, voxel_mean(points, 2 * size, weight)[0], count)
+    normal = local_planes(points, voxel_mean(points, 2 * size, weight)[0], 24).normal
     normal *= np.where(np.sum(normal * towards, axis=1, keepdims=True) < 0, -1, 1)
     return (
         points.astype(np.float32),
