@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="the recording's folder")
     parser.add_argument("--output", type=Path, required=True, help="root of the scene folders")
     parser.add_argument("--clouds", type=int, default=48, help="how many partial clouds")
-    parser.add_argument("--test", type=int, default=4, help="how many of them go to split test")
+    parser.add_argument("--test", type=int, help="how many of them go to split test [4]")
     parser.add_argument("--grid", type=float, default=0.01, help="metres a voxel")
     parser.add_argument("--max_depth", type=float, default=4.0, help="metres; drops depth beyond")
     parser.add_argument("--min_points", type=int, default=60_000, help="voxels of a cloud")
@@ -291,8 +291,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.output.exists() and any(arguments.output.iterdir()):
         parser.error(f"--output={arguments.output} is not empty; remove it or choose another")
-    if not 0 <= arguments.test < arguments.clouds:
-        parser.error(f"--test={arguments.test} of --clouds={arguments.clouds} leaves none to train")
+    if arguments.test is None:
+        arguments.test = min(4, arguments.clouds // 2)
+    if not 0 <= arguments.test <= arguments.clouds:
+        parser.error(f"--test={arguments.test}, but there are --clouds={arguments.clouds}")
     try:
         with Progress() as progress:
             for split, scene, frames in convert(arguments, progress):
@@ -302,7 +304,10 @@ def main() -> None:
         (arguments.output / "images").mkdir()
         for file in sorted((arguments.input / "color").iterdir()):
             shutil.copy(file, arguments.output / "images" / file.name)
-        write_dataset_json(arguments.output, "mm", "z", ("train", "test", "whole"))
+        splits = (
+            split for split in ("train", "test", "whole") if (arguments.output / split).exists()
+        )
+        write_dataset_json(arguments.output, "mm", "z", tuple(splits))
     except SceneError as error:
         parser.exit(1, f"error: {error}\n")
 

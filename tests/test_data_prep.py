@@ -244,10 +244,21 @@ def test_a_grid_finer_than_the_depth_images_is_refused(recording, tmp_path, monk
 
 def test_frames_without_depth_are_left_out(recording, tmp_path, monkeypatch, capsys):
     Image.fromarray(np.zeros(SHAPE, np.uint16)).save(recording / "depth" / "f03.png")
-    run_rgbd(monkeypatch, recording, tmp_path / "out", "--clouds=0")
+    run_rgbd(monkeypatch, recording, tmp_path / "out", "--clouds=0", "--test=0")
     assert "11 of 12 frames" in capsys.readouterr().out
     scene = load_scene(tmp_path / "out" / "whole" / "all_frames", "mm", "z")
     assert len(read_frames(tmp_path / "out" / "whole" / "all_frames", len(scene.coord)).files) == 11
+
+
+def test_only_splits_with_scenes_are_listed_and_more_tests_than_clouds_refused(
+    recording, tmp_path, monkeypatch, capsys
+):
+    run_rgbd(monkeypatch, recording, tmp_path / "out", "--clouds=1", "--test=1")
+    stated = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert stated["splits"] == ["test", "whole"]
+    with pytest.raises(SystemExit):
+        run_rgbd(monkeypatch, recording, tmp_path / "other", "--clouds=1", "--test=2")
+    assert "--test=2, but there are --clouds=1" in capsys.readouterr().err
 
 
 def test_output_is_never_mixed_with_what_is_there(recording, tmp_path, monkeypatch, capsys):

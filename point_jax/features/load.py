@@ -30,7 +30,7 @@ def load(
 
     Args:
       path: a folder that `launch.convert` wrote, or one in which `launch.train` trained.
-      tree: of a pretraining, which of the two networks; releases are made of the teacher.
+      tree: of a pretraining, which of the two networks.
       grid_size: edge of a voxel, metres; None for the one that the network was trained with.
       inputs: the properties of a point that the network reads; needed where they are not
         coordinates, colour and normal.

@@ -28,7 +28,7 @@ def read_workdir(workdir: Path | str) -> Weights:
     """Student and teacher of a run's newest checkpoint, every bit checked.
 
     Returns:
-      A pretraining; `source` has the step under "numbers".
+      A pretraining; `source` has the step under "numbers", and "grid_size" in metres.
 
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its network is not the config's.
@@ -76,5 +76,6 @@ def read_workdir(workdir: Path | str) -> Weights:
         "format": "workdir",
         "sha256": digest(weights),
         "numbers": {"step": max(steps)},
+        "grid_size": content["config"]["views"]["grid_size"],
     }
     return dataclasses.replace(weights, source=source)
