@@ -120,6 +120,11 @@ def encode(
 ) -> Iterator[tuple[Job, Result]]:
     """Results of a batch, one by one."""
     scans = [(job, cloud) for job, cloud in batch if isinstance(cloud, Scan)]
+    if scans and encoder.inputs is None:
+        raise ConfigError(
+            f"the network reads {encoder.spec.inputs} channels a point, and its checkpoint does "
+            "not say which: give them in their order, for instance --inputs=color,normal"
+        )
     try:
         stream = zip(scans, encoder.stream([scan for _, scan in scans]), strict=True)
         for (job, scan), features in stream:

@@ -125,8 +125,10 @@ def test_a_cloud_that_cannot_be_used_says_why(encoder):
             encoder([cloud])
     with pytest.raises(SceneError, match="put a single one in a list"):
         encoder(good)
-    with pytest.raises(ValueError, match="reads 9 channels a point: give inputs"):
+    with pytest.raises(ValueError, match="reads 9 channels a point: say which"):
         Encoder(SPEC, encoder.params, inputs=("coord",))
+    with pytest.raises(ValueError, match="inputs is not known: the network reads 9"):
+        Encoder(SPEC, encoder.params, inputs=None)([good])
 
 
 def test_chunks_cover_a_cloud_once_and_hold_whole_cells():

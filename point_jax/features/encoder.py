@@ -43,7 +43,8 @@ class Encoder:
       params: its parameters, nested dicts of arrays.
       grid_size: edge of a voxel, metres.
       scale: what coordinates are multiplied by before anything else.
-      inputs: the properties of a point that make up the network's input.
+      inputs: the properties of a point that make up the network's input; None where that is not
+        known, and then only prepared arrays can be encoded.
       max_voxels: voxels of a row at most; larger clouds are encoded in chunks. The base network
         needs about 10 kB a voxel.
       margin: surroundings of a chunk, in cells of the coarsest level (16 voxels for five levels).
@@ -53,25 +54,29 @@ class Encoder:
     params: Params
     grid_size: float = 0.02
     scale: float = 1.0
-    inputs: tuple[Input, ...] = INPUTS
+    inputs: tuple[Input, ...] | None = INPUTS
     max_voxels: int = 400_000
     margin: int = 4
     _shapes: Shapes = field(default_factory=Shapes, repr=False, compare=False)
     _run: Callable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if 3 * len(self.inputs) != self.spec.inputs or not set(self.inputs) <= set(INPUTS):
-            raise ValueError(
-                f"the network reads {self.spec.inputs} channels a point: give inputs, which of "
-                f"{', '.join(INPUTS)} (3 channels each) they are, in their order; "
-                f"got {self.inputs}"
-            )
+        if self.inputs is not None and (
+            3 * len(self.inputs) != self.spec.inputs or not set(self.inputs) <= set(INPUTS)
+        ):
+            raise ValueError(f"inputs={self.inputs}: {self._which_inputs()}")
         if self.grid_size <= 0 or self.scale <= 0 or self.max_voxels < 1 or self.margin < 0:
             raise ValueError(
                 "grid_size, scale and max_voxels must be positive and margin at least 0, got "
                 f"{self.grid_size}, {self.scale}, {self.max_voxels}, {self.margin}"
             )
         object.__setattr__(self, "_run", _compiled(self.spec))
+
+    def _which_inputs(self) -> str:
+        return (
+            f"the network reads {self.spec.inputs} channels a point: say which of "
+            f"{', '.join(INPUTS)} (3 channels each) they are, in their order"
+        )
 
     def with_params(self, params: Params) -> "Encoder":
         """The same encoder with other weights; what is compiled stays compiled."""
@@ -91,6 +96,7 @@ class Encoder:
 
         Raises:
           SceneError: a cloud that cannot be used, and why.
+          ValueError: `inputs` is None.
         """
         return list(self.stream(clouds))
 
@@ -99,9 +105,14 @@ class Encoder:
         single = isinstance(clouds, np.ndarray) and clouds.ndim < 3
         if single or isinstance(clouds, (Mapping, Scene)):
             raise SceneError("expected a list of clouds; put a single one in a list")
+        if not len(clouds):
+            return
+        if self.inputs is None:
+            raise ValueError(f"inputs is not known: {self._which_inputs()}")
+        inputs = self.inputs
         scenes = [as_scene(cloud, f"clouds[{i}]") for i, cloud in enumerate(clouds)]
         yield from self._encode(
-            [voxelize(scene, self.grid_size, self.scale, self.inputs) for scene in scenes]
+            [voxelize(scene, self.grid_size, self.scale, inputs) for scene in scenes]
         )
 
     def encode_prepared(

@@ -25,7 +25,8 @@ def feature_arrays(
         `coord` (n, 3) and `features` (n, C): row i belongs to input point i. With several clouds
         `offset` (clouds,): where each ends. With `levels`, for each level i (m voxels):
         `level{i}_grid` (m, 3) int32, `level{i}_coord` (m, 3) mean of the voxel's points,
-        `level{i}_features` (m, C_i), and with several clouds `level{i}_offset` (clouds,).
+        `level{i}_features` (m, C_i); `decoder{i}_features` on the same rows if the network has a
+        decoder; and with several clouds `level{i}_offset` (clouds,).
 
     Raises:
         IndexError: fewer levels than `up_cast` needs.
@@ -43,6 +44,9 @@ def feature_arrays(
         arrays[f"level{i}_grid"] = np.concatenate([level.grid for level in maps])
         arrays[f"level{i}_coord"] = place(np.concatenate([level.coord for level in maps]))
         arrays[f"level{i}_features"] = np.concatenate([level.features for level in maps])
+        if i < len(clouds[0].decoded):
+            decoded = [cloud.decoder(i).features for cloud in clouds]
+            arrays[f"decoder{i}_features"] = np.concatenate(decoded)
         if len(clouds) > 1:
             arrays[f"level{i}_offset"] = np.cumsum([len(level.grid) for level in maps])
     return arrays

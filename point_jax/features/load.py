@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.features.encoder import Encoder
-from point_jax.features.voxels import Input
+from point_jax.features.voxels import INPUTS, Input
 from point_jax.interop.release import spec_of
 from point_jax.interop.store import MANIFEST, load_weights
 from point_jax.interop.workdir import is_workdir, read_workdir
@@ -32,8 +32,8 @@ def load(
       path: a folder that `launch.convert` wrote, or one in which `launch.train` trained.
       tree: of a pretraining, which of the two networks.
       grid_size: edge of a voxel, metres; None for the one that the network was trained with.
-      inputs: the properties of a point that the network reads; needed where they are not
-        coordinates, colour and normal.
+      inputs: the properties of a point that the network reads; needed for raw clouds where they
+        are not coordinates, colour and normal.
       dtype: of the arithmetic: `jnp.float32` or `jnp.bfloat16`.
       options: others of `Encoder`: scale, max_voxels, margin.
 
@@ -56,12 +56,12 @@ def load(
     if "backbone" not in params:
         raise CheckpointError(f"{path}: holds a {weights.kind}, not an encoder")
     spec = spec_of(weights.config, weights.variant, dtype)
-    if inputs is None and spec.inputs == 9:
-        inputs = ("coord", "color", "normal")
+    if inputs is None and spec.inputs == 3 * len(INPUTS):
+        inputs = INPUTS
     return Encoder(
         spec,
         jax.tree.map(jnp.asarray, params["backbone"]),
         grid_size=grid_size or weights.source.get("grid_size") or GRID_SIZE[weights.variant],
-        inputs=inputs or (),
+        inputs=inputs,
         **options,
     )
