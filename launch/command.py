@@ -1,16 +1,21 @@
 """How every command ends: an exit code, and for errors one line on stderr."""
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
 
 from point_jax.data.scenes import SceneError
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import ConfigError
 from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
+from point_jax.training.metrics import MetricsError
 
-FOR_THE_USER = (ConfigError, SceneError, CheckpointError, TrainingStopped)
+FOR_THE_USER = (ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped)
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | None) -> int:
@@ -39,3 +44,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         message = f"{type(error).__name__}: {error}"
     print("error:", " ".join(message.split()), file=sys.stderr)
     return FAILED
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs between commands; JAX_COMPILATION_CACHE_DIR chooses the place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "point_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))

@@ -169,16 +169,28 @@ def corner_view(
         supersample: sub-pixels per pixel and axis.
     """
     points = _checked(coord)
-    keep = without_ceiling(points)
     normals = None if normal is None else np.asarray(normal, np.float64)
-    if azimuth is None:
-        azimuth = _best_corner(points[keep], None if normals is None else normals[keep], elevation)
-    if normals is None:
-        keep &= without_near_walls(points, azimuth)
-    framed = points[keep] if normals is None else points[keep & _front(normals, azimuth, elevation)]
-    inside = _trim(framed if len(framed) else points)
-    camera = look(inside, azimuth=azimuth, elevation=elevation, size=size)
+    camera, keep = corner_camera(points, normals, size=size, azimuth=azimuth, elevation=elevation)
     return rasterize(points, camera, normal=normals, keep=keep, supersample=supersample)
+
+
+def corner_camera(
+    coord: FloatArray,
+    normal: FloatArray | None = None,
+    *,
+    size: tuple[int, int],
+    azimuth: float | None = None,
+    elevation: float = 42.0,
+) -> tuple[Camera, NDArray[np.bool_]]:
+    """The camera of `corner_view`, and which points (n,) bool it leaves uncut; see there."""
+    keep = without_ceiling(coord)
+    if azimuth is None:
+        azimuth = best_azimuth(coord[keep], None if normal is None else normal[keep], elevation)
+    if normal is None:
+        keep &= without_near_walls(coord, azimuth)
+    framed = coord[keep] if normal is None else coord[keep & _front(normal, azimuth, elevation)]
+    inside = _trim(framed if len(framed) else coord)
+    return look(inside, azimuth=azimuth, elevation=elevation, size=size), keep
 
 
 def top_view(
@@ -232,7 +244,7 @@ def _front(normal: FloatArray, azimuth: float, elevation: float) -> NDArray[np.b
     return normal @ direction(azimuth, elevation) > 0.0
 
 
-def _best_corner(points: FloatArray, normal: FloatArray | None, elevation: float) -> float:
+def best_azimuth(points: FloatArray, normal: FloatArray | None, elevation: float) -> float:
     """The best azimuth of the four diagonals of the tightest outline rectangle.
 
     With normals, the one that shows most points from their front; without, the one that has the
