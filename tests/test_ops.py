@@ -131,7 +131,7 @@ def test_attention_is_softmax_within_a_segment_of_a_patch():
     assert int(layout.used) < patches
 
     def ours(q, k, v):
-        return patch_attention(q, k, v, layout.segment, layout.used)
+        return patch_attention(q, k, v, layout.segment, layout.full, layout.used)
 
     def reference(q, k, v):
         return jnp.where(used, naive_attention(q, k, v, layout.segment), 0)
@@ -151,7 +151,7 @@ def test_relative_bias_is_read_by_the_clipped_voxel_difference_of_each_axis():
     assert (jnp.abs(apart) > bound).any()
 
     def ours(q, k, v, table):
-        return patch_attention(q, k, v, layout.segment, layout.used, grid, table)
+        return patch_attention(q, k, v, layout.segment, layout.full, layout.used, grid, table)
 
     def reference(q, k, v, table):
         index = jnp.clip(apart, -bound, bound) + bound

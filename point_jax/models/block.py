@@ -99,7 +99,7 @@ class Block(nnx.Module):
         if self.bias_table is not None:
             grid = take_rows(level.grid, slot_point).reshape(*layout.segment.shape, 3)
             table = self.bias_table[...]
-        mixed = patch_attention(q, k, v, layout.segment, layout.used, grid, table)
+        mixed = patch_attention(q, k, v, layout.segment, layout.full, layout.used, grid, table)
         mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
         return self.proj(from_slots(mixed, slot_point, point_slot))
 

@@ -3,8 +3,11 @@
 The forward pass keeps the output and the log-sum-exp of each query; the backward pass makes the
 scores again (FlashAttention, arXiv:2205.14135). On CPUs one patch and head at a time keeps the
 scores in the cache and the matrix products in their fastest form; patches of padding are never
-visited.
+visited. Patches that one cloud fills have a loop of their own: with no mask between them XLA fuses
+product, maximum and exponential, which is three times as fast.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ def patch_attention(
     k: jax.Array,
     v: jax.Array,
     segment: jax.Array,
+    full: jax.Array,
     used: jax.Array,
     grid: jax.Array | None = None,
     table: jax.Array | None = None,
@@ -27,6 +31,7 @@ def patch_attention(
     Args:
       q, k, v: (P, H, K, D).
       segment: (P, K) int32; a slot attends to the slots of its patch with the same number.
+      full: () int32, how many patches, the first ones, have one segment alone.
       used: () int32, patches in use; the others give zeros.
       grid: (P, K, 3) int32 voxels, for the relative position bias; None for no bias.
       table: (3, R, H) float32, the bias: for each axis by the voxel of the query minus that of the
@@ -36,16 +41,18 @@ def patch_attention(
     Returns:
       (P, H, K, D), dtype of v. Scores, softmax and sums are float32.
     """
-    return _forward(q, k, v, segment, used, grid, table)[0]
+    return _forward(q, k, v, segment, full, used, grid, table)[0]
 
 
 def _scores(q, k, segment, bias):
-    """(K, K) float32 scores of one patch and head."""
+    """(K, K) float32 scores of one patch and head; `segment` None for no mask."""
     scale = q.shape[-1] ** -0.5
     scores = jnp.dot(q * scale, k.T, preferred_element_type=jnp.float32)
     if bias is not None:
         index, table = bias
         scores = scores + sum(table[axis][index[axis]] for axis in range(3))
+    if segment is None:
+        return scores
     return jnp.where(segment[:, None] == segment[None], scores, _NEVER)
 
 
@@ -58,13 +65,20 @@ def _bias(grid, table, p, h):
     return jnp.clip(at[:, :, None] - at[:, None], -bound, bound) + bound, table[..., h]
 
 
-def _forward(q, k, v, segment, used, grid, table):
+def _visit(one, full, used, heads, init):
+    """Folds `one(masked, i, carry)` over all patches and heads."""
+    carry = jax.lax.fori_loop(0, full * heads, partial(one, False), init)
+    return jax.lax.fori_loop(full * heads, used * heads, partial(one, True), carry)
+
+
+def _forward(q, k, v, segment, full, used, grid, table):
     heads = q.shape[1]
 
-    def one(i, carry):
+    def one(masked, i, carry):
         out, lse = carry
         p, h = i // heads, i % heads
-        scores = _scores(q[p, h], k[p, h], segment[p], _bias(grid, table, p, h))
+        mask = segment[p] if masked else None
+        scores = _scores(q[p, h], k[p, h], mask, _bias(grid, table, p, h))
         top = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = weights.sum(-1, keepdims=True)
@@ -73,25 +87,25 @@ def _forward(q, k, v, segment, used, grid, table):
         return out, lse.at[p, h].set((top + jnp.log(total))[:, 0])
 
     init = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:3], jnp.float32)
-    return jax.lax.fori_loop(0, used * heads, one, init)
+    return _visit(one, full, used, heads, init)
 
 
-def _fwd(q, k, v, segment, used, grid, table):
-    out, lse = _forward(q, k, v, segment, used, grid, table)
-    return out, (q, k, v, segment, used, grid, table, out, lse)
+def _fwd(q, k, v, segment, full, used, grid, table):
+    out, lse = _forward(q, k, v, segment, full, used, grid, table)
+    return out, (q, k, v, segment, full, used, grid, table, out, lse)
 
 
 def _bwd(saved, g):
-    q, k, v, segment, used, grid, table, out, lse = saved
+    q, k, v, segment, full, used, grid, table, out, lse = saved
     heads, scale = q.shape[1], q.shape[-1] ** -0.5
     # sum over keys of weight x its gradient, by way of the output
     drop = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def one(i, grads):
+    def one(masked, i, grads):
         dq, dk, dv, dtable = grads
         p, h = i // heads, i % heads
-        bias = _bias(grid, table, p, h)
-        weights = jnp.exp(_scores(q[p, h], k[p, h], segment[p], bias) - lse[p, h][:, None])
+        mask, bias = segment[p] if masked else None, _bias(grid, table, p, h)
+        weights = jnp.exp(_scores(q[p, h], k[p, h], mask, bias) - lse[p, h][:, None])
         slope = jnp.dot(g[p, h], v[p, h].T, preferred_element_type=jnp.float32)
         slope = weights * (slope - drop[p, h][:, None])
         if bias is not None:
@@ -108,8 +122,8 @@ def _bwd(saved, g):
 
     zero_table = None if table is None else jnp.zeros_like(table)
     init = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), zero_table
-    dq, dk, dv, dtable = jax.lax.fori_loop(0, used * heads, one, init)
-    return dq, dk, dv, None, None, None, dtable
+    dq, dk, dv, dtable = _visit(one, full, used, heads, init)
+    return dq, dk, dv, None, None, None, None, dtable
 
 
 patch_attention.defvjp(_fwd, _bwd)
