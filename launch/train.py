@@ -8,18 +8,18 @@ the run stopped, or prints the result of a finished run. Exit codes: 0 finished;
 line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
+from point_jax.data.scenes import Scene
 from point_jax.features.encoder import Encoder
+from point_jax.interop.initial import initial_weights
 from point_jax.objectives.settings import make_sonata
+from point_jax.objectives.sonata import SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, schedules
 from point_jax.training.step import make_train_step
@@ -38,30 +38,45 @@ CURVES = [
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
     config, workdir = config_lib.parse_command_line(argv)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # A run that is resumed compiles nothing; JAX_COMPILATION_CACHE_DIR chooses another place.
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "point_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    command.keep_compiled()
     mesh.start_processes()
     try:
         objective = make_sonata(config)
     except (ValueError, TypeError) as error:
         raise config_lib.ConfigError(str(error)) from error
 
-    def pictures(untrained: Any, trained: Any, folder: Path) -> None:
+    return loop.train(
+        config,
+        Path(workdir),
+        objective=objective,
+        make_step=make_train_step,
+        make_schedule=schedules.sonata_schedule,
+        make_batches=make_batches,
+        load_initial=initial_weights,
+        prepare_pictures=lambda: Pictures(objective.spec, held_out(config.data)),
+    )
+
+
+class Pictures:
+    """Draws the curves of a run, and PCA of the teacher's features on held-out scenes."""
+
+    def __init__(self, spec: SonataSpec, scenes: Sequence[Scene]) -> None:
+        self._spec, self._scenes = spec, scenes
+
+    def __call__(self, untrained: Any, trained: Any, folder: Path) -> None:
+        """Writes curves.png and, if there are scenes, pca.png."""
         curves(folder.parent / metrics.FILE, CURVES, folder / "curves.png")
-        scenes = held_out(config.data)
-        if not scenes:
+        if not self._scenes:
             return
-        spec = objective.spec
+        spec = self._spec
         encoder = Encoder(spec.network, untrained["backbone"], spec.views.grid_size)
         columns = {
             "untrained teacher, PCA": encoder,
             "trained teacher, PCA": encoder.with_params(trained["backbone"]),
         }
-        maps = {name: encode(scenes) for name, encode in columns.items()}
+        maps = {name: encode(self._scenes) for name, encode in columns.items()}
         rows = []
-        for i, scene in enumerate(scenes):
+        for i, scene in enumerate(self._scenes):
             shown = maps["trained teacher, PCA"][i].voxels
             rows.append(
                 FeatureScene(
@@ -73,16 +88,6 @@ def main(argv: Sequence[str]) -> int:
                 )
             )
         feature_picture(rows).save(folder / "pca.png")
-
-    return loop.train(
-        config,
-        Path(workdir),
-        objective=objective,
-        make_step=make_train_step,
-        make_schedule=schedules.sonata_schedule,
-        make_batches=make_batches,
-        write_pictures=pictures,
-    )
 
 
 if __name__ == "__main__":

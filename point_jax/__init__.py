@@ -2,6 +2,8 @@
 
     encoder = point_jax.load("runs/quickstart")
     features = encoder([{"coord": coord, "color": color, "normal": normal}])[0].at_points()
+
+README.md says the rest.
 """
 
 from importlib import import_module

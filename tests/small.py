@@ -34,6 +34,18 @@ def small_config():
     return config
 
 
+def get_config():
+    """For `python -m launch.train --config=tests/small.py`: four steps on tiny rooms."""
+    config = small_config()
+    config.train.steps, config.train.log_every = 4, 1
+    config.checkpoint.every = 2
+    spec = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
+    config.data.sources = ({"kind": "rooms", "seeds": (0, 4), "spec": spec},)
+    config.data.held_out.sources = ({"kind": "rooms", "seeds": (9, 10), "spec": spec},)
+    config.data.held_out.scenes = 1
+    return config
+
+
 SCHEDULE = {
     "lr": 1e-3,
     "beta1": 0.9,
@@ -71,13 +83,13 @@ class Step:
 
     def __init__(self, config, mesh):
         self.objective, self.mesh = make_sonata(config), mesh
-        self.make = jax.jit(
-            lambda: init_state(self.objective, config.seed), out_shardings=replicated(mesh)
-        )
+        self.key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        make = jax.jit(lambda key: init_state(self.objective, key), out_shardings=replicated(mesh))
+        self.make = lambda: make(self.key)
         self.step = make_train_step(self.objective, config, mesh)
 
     def __call__(self, batch, **changes):
         """State and metrics after a step on a batch."""
         placed = put_batch(self.mesh, batch, len(batch["count"]))
-        state, metrics = self.step(self.make(), placed, schedule(**changes))
+        state, metrics = self.step(self.make(), placed, schedule(**changes), self.key)
         return jax.tree.map(np.asarray, state), {k: float(v) for k, v in metrics.items()}

@@ -232,7 +232,7 @@ class TestRandomGeometry:
         assert not any(np.any(part) for part in parts)
 
     def test_a_granularity_of_zero_is_refused(self):
-        with pytest.raises(ValueError, match="above 0 metres"):
+        with pytest.raises(ValueError, match="each a number above 0"):
             GeometrySpec(elastic=((0.0, 0.4),))
 
 

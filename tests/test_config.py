@@ -7,8 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from point_jax.training.config import (
+    LIMITS,
     ConfigError,
     check_config,
+    compare_config,
     default_config,
     parse_command_line,
     settle_config,
@@ -89,6 +91,20 @@ def test_a_missing_or_failing_file_is_named(tmp_path, file):
         parse(file)
 
 
+@pytest.mark.parametrize("flag", ["--config.schedule.mask_size=(0.2,0.3)", "--workdir=w"])
+def test_a_flag_given_twice_is_named(file, flag):
+    """ml_collections would join two tuples to one of four."""
+    name = flag.split("=")[0]
+    with pytest.raises(ConfigError, match=f"^{name} is given 2 times; give it once"):
+        parse_command_line(["train", f"--config={file}", flag, flag])
+
+
+def test_an_argument_for_a_file_that_takes_none(file):
+    file.write_text("def get_config():\n    return None\n")
+    with pytest.raises(ConfigError, match="takes no argument: write --config=FILE.py, no ':'"):
+        parse(f"{file}:small")
+
+
 def test_a_config_file_cannot_invent_keys_of_the_trainer():
     config = default_config()
     with pytest.raises(AttributeError, match='Did you mean "log_every"'):
@@ -100,10 +116,21 @@ def test_a_config_file_cannot_invent_keys_of_the_trainer():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train.steps", 0, "config.train.steps is 0, expected more than 0"),
-        ("optim.lr", float("nan"), "config.optim.lr is nan, expected more than 0"),
+        ("seed", -1, "config.seed is -1, expected a whole number from 0 to 2147483647"),
+        ("train.steps", 0, "config.train.steps is 0, expected a whole number at least 1"),
+        ("optim.lr", float("nan"), "config.optim.lr is nan, expected a number above 0"),
+        ("optim.lr", float("inf"), "config.optim.lr is inf, expected a number above 0"),
+        ("optim.lr_decay", 5.0, "is 5.0, expected a number above 0 and at most 1"),
+        ("optim.wd", -1.0, "config.optim.wd is -1.0, expected a number at least 0"),
+        ("optim.wd_final", float("nan"), "config.optim.wd_final is nan, expected"),
+        ("optim.beta2", 1.0, "config.optim.beta2 is 1.0, expected a number above 0 and below 1"),
         ("optim.pct_start", 5.0, "config.optim.pct_start is 5.0, expected a number from 0 to 1"),
         ("schedule.mask_size", (0.1,), "config.schedule.mask_size is (0.1,), expected (first, l"),
+        ("schedule.mask_size", (-1, 0.4), "expected (first, last), each a number above 0"),
+        ("schedule.mask_ratio", (0.3, 1.7), "(first, last), each a number from 0 to 1"),
+        ("schedule.teacher_temp", (0, 0), "config.schedule.teacher_temp is (0, 0), expected"),
+        ("schedule.momentum", (1.5, 2.0), "(first, last), each a number from 0 to 1"),
+        ("schedule.momentum", ("a", "b"), "config.schedule.momentum is ('a', 'b'), expected"),
     ],
 )
 def test_values_out_of_range(key, value, message):
@@ -128,35 +155,53 @@ def test_sections_that_a_file_wrote_itself_are_checked():
         check_config(config)
 
 
+def test_every_number_of_the_config_has_limits():
+    """A key without an entry in the table would take any value."""
+    keys = {key for key, value in leaves(default_config().to_dict()) if key != "init_from"}
+    assert keys == set(LIMITS)
+
+
+def leaves(tree, place=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{place}{key}.")
+        else:
+            yield f"{place}{key}", value
+
+
 def test_every_packages_version_is_kept(tmp_path, file):
     config, _ = parse(file)
-    assert settle_config(config, tmp_path) == []
+    assert compare_config(config, tmp_path) == []
+    settle_config(config, tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert content["config"]["data"]["sources"] == [{"kind": "rooms"}]
     assert content["versions"]["jax"].count(".") == 2
-    assert settle_config(config, tmp_path) == []
+    assert compare_config(config, tmp_path) == []
 
 
 def test_resuming_with_another_config_names_the_keys(tmp_path, file):
     settle_config(parse(file)[0], tmp_path)
-    before = (tmp_path / "config.json").read_text()
     config, _ = parse(file, "--config.optim.lr=0.5", "--config.train.steps=7", "--config.seed=0")
     with pytest.raises(ConfigError) as caught:
-        settle_config(config, tmp_path)
+        compare_config(config, tmp_path)
     assert "optim.lr: 0.004 -> 0.5; train.steps: 100 -> 7" in str(caught.value)
     assert "init_from" in str(caught.value)
-    assert (tmp_path / "config.json").read_text() == before
+    assert compare_config(config, tmp_path, binding=False) == [
+        "config changed, optim.lr: 0.004 -> 0.5",
+        "config changed, train.steps: 100 -> 7",
+    ]
 
 
-def test_resuming_may_change_what_is_written(tmp_path, file):
+def test_resuming_may_change_what_is_written_and_whether_it_goes_on(tmp_path, file):
     settle_config(parse(file)[0], tmp_path)
-    config, _ = parse(file, "--config.train.log_every=3", "--config.checkpoint.keep=9")
-    remarks = settle_config(config, tmp_path)
+    config, _ = parse(file, "--config.train.log_every=3", "--config.data.skip_bad=True")
+    remarks = compare_config(config, tmp_path)
     assert remarks == [
-        "config changed, checkpoint.keep: 2 -> 9",
+        "config changed, data.skip_bad: False -> True",
         "config changed, train.log_every: 10 -> 3",
     ]
-    assert settle_config(config, tmp_path) == []
+    settle_config(config, tmp_path)
+    assert compare_config(config, tmp_path) == []
 
 
 def test_resuming_with_other_packages_is_remarked(tmp_path, file):
@@ -166,7 +211,7 @@ def test_resuming_with_other_packages_is_remarked(tmp_path, file):
     content = json.loads(path.read_text())
     content["versions"]["jax"] = "0.0.1"
     path.write_text(json.dumps(content))
-    (remark,) = settle_config(config, tmp_path)
+    (remark,) = compare_config(config, tmp_path)
     assert remark.startswith("jax was 0.0.1, is ")
 
 

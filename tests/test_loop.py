@@ -1,6 +1,7 @@
 """The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, unbroken, capsys, mon
         for batch in original(data, seed, scenes, begin, *processes):
             if begin == 5:
                 os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)  # as launchers do: to the process, to its group
             begin += 1
             yield batch
 
@@ -134,7 +136,9 @@ def test_a_signal_saves_and_leaves(tmp_path, number, code, unbroken, capsys, mon
     handler = signal.getsignal(number)
     assert run(tmp_path, checkpoint__every=100) == code
     assert signal.getsignal(number) is handler
-    assert f"stopped by {number.name} after step 6 of 12, saved" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count(f"{number.name}: saves and stops after this step") == 1
+    assert f"stopped by {number.name} after step 6 of 12, saved" in out
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     monkeypatch.undo()
@@ -237,18 +241,88 @@ def test_pictures_get_the_untrained_and_the_trained_teacher(tmp_path, capsys):
         seen.extend((before, after))
         (folder / "scene.png").write_bytes(b"")
 
-    toy_run.train(
-        config(),
-        tmp_path,
-        objective=toy_run.Toy(),
-        make_step=toy_run.make_step,
-        make_schedule=toy_run.sonata_schedule,
-        make_batches=toy_run.make_batches,
-        write_pictures=write_pictures,
-    )
+    assert toy_run.run(config(), tmp_path, lambda: write_pictures) == 0
     np.testing.assert_array_equal(seen[0]["head"]["weight"], 1.0)
     assert (np.asarray(seen[1]["head"]["weight"]) != 1.0).all()
     assert str(tmp_path / "pictures" / "scene.png") in capsys.readouterr().out
+
+
+def test_training_counts_when_its_pictures_fail(tmp_path, unbroken, capsys):
+    def write_pictures(*arguments):
+        raise OSError("no space left")
+
+    assert toy_run.run(config(), tmp_path, lambda: write_pictures) == 0
+    out, error = capsys.readouterr()
+    assert error == "error: no pictures: OSError: no space left\n"
+    assert "finished: 12 steps" in out and digest(tmp_path) == digest(unbroken)
+
+
+def test_what_pictures_need_is_looked_at_before_the_first_step(tmp_path):
+    def prepare_pictures():
+        raise ValueError("config.data.held_out.sources is empty")
+
+    with pytest.raises(ConfigError, match="config.data.held_out.sources is empty"):
+        toy_run.run(config(), tmp_path, prepare_pictures)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_start_that_fails_binds_nothing(tmp_path, capsys, monkeypatch):
+    """Wrong values may be mended until there is something to go on from."""
+    monkeypatch.setattr(toy_run, "make_batches", fails_at(0, ValueError("config.data.x is 1")))
+    with pytest.raises(ConfigError, match="config.data.x is 1"):
+        run(tmp_path, seed=5)
+    assert not (tmp_path / "config.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(toy_run, "make_batches", fails_at(1, KeyError("s2")))
+    with pytest.raises(KeyError):
+        run(tmp_path, seed=5, checkpoint__every=100)
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert run(tmp_path, seed=6) == 0
+    assert "config changed, seed: 5 -> 6" in capsys.readouterr().out
+
+
+def fails_at(number, error):
+    """The toy's batches with an error in the place of one of them; 0: of all."""
+    original = toy_run.make_batches
+
+    def make_batches(data, seed, scenes, begin, *processes):
+        if number == 0:
+            raise error
+
+        def batches():
+            for at, batch in enumerate(original(data, seed, scenes, begin, *processes), begin):
+                if at == number:
+                    raise error
+                yield batch
+
+        return batches()
+
+    return make_batches
+
+
+def test_a_bad_batch_saves_before_it_ends_the_run(tmp_path, unbroken, monkeypatch):
+    monkeypatch.setattr(toy_run, "make_batches", fails_at(6, KeyError("s2")))
+    with pytest.raises(KeyError, match="s2"):
+        run(tmp_path, checkpoint__every=100)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    monkeypatch.undo()
+    assert run(tmp_path, checkpoint__every=100) == 0
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def test_steps_without_scenes_end_the_run_by_their_name(tmp_path):
+    with pytest.raises(TrainingStopped, match=r"3 steps in a row up to step 8 held no scene that"):
+        run(tmp_path, data__nan=(5, 12), data__points=0)
+
+
+def test_a_final_checkpoint_is_enough_to_end_a_run(tmp_path, unbroken, capsys):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run(tmp_path) == 0
+    assert "finished: 12 steps\n" in capsys.readouterr().out
+    assert digest(tmp_path) == digest(unbroken)
 
 
 def test_a_batch_that_the_devices_cannot_share():
@@ -261,17 +335,10 @@ def test_a_batch_that_the_devices_cannot_share():
 @pytest.mark.devices(2)
 def test_several_devices_resume_to_the_same_bits(tmp_path, monkeypatch):
     run(tmp_path / "whole")
-    original = toy_run.make_batches
-
-    def breaks(*arguments):
-        for number, batch in enumerate(original(*arguments)):
-            if number == 9:
-                raise RuntimeError("as a kill would")
-            yield batch
-
-    monkeypatch.setattr(toy_run, "make_batches", breaks)
-    with pytest.raises(RuntimeError, match="as a kill"):
+    monkeypatch.setattr(toy_run, "make_batches", fails_at(9, SystemExit("as a kill would")))
+    with pytest.raises(SystemExit, match="as a kill"):
         run(tmp_path / "broken")
+    assert {p.name for p in (tmp_path / "broken" / "checkpoints").iterdir()} == {"4", "8"}
     monkeypatch.undo()
     run(tmp_path / "broken")
     assert digest(tmp_path / "broken") == digest(tmp_path / "whole")

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from point_jax.training.metrics import MetricsWriter, finished, params_digest, read_metrics
+from point_jax.training.metrics import (
+    MetricsError,
+    MetricsWriter,
+    finished,
+    params_digest,
+    read_metrics,
+)
 
 
 def write(workdir, steps, restored=0):
@@ -37,7 +43,7 @@ def test_resuming_removes_later_steps_and_a_torn_last_line(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
-def test_values_that_are_not_finite_stay_valid_json(tmp_path):
+def test_values_that_are_not_finite_stay_valid_json(tmp_path, caplog):
     writer = MetricsWriter(tmp_path, 0)
     writer.write(1, {"loss": float("nan"), "norm": float("inf"), "low": -float("inf"), "lr": 0.5})
     writer.close()
@@ -49,6 +55,9 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
     assert line["loss"] is line["norm"] is line["low"] is None
     assert line["lr"] == 0.5
     assert line["nonfinite"] == {"loss": "nan", "norm": "inf", "low": "-inf"}
+    (board,) = (tmp_path / "tensorboard").iterdir()  # which would warn at each of them
+    assert {v.tag for event in events(board) for v in event.summary.value} == {"lr"}
+    assert caplog.text == ""
 
 
 def test_a_run_has_finished_when_its_last_line_says_so(tmp_path):
@@ -62,7 +71,7 @@ def test_a_run_has_finished_when_its_last_line_says_so(tmp_path):
 
 def test_a_foreign_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2"):
+    with pytest.raises(MetricsError, match=r"metrics.jsonl, line 2: .*; delete the line"):
         MetricsWriter(tmp_path, 1)
 
 

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from small import Step, small_batch, small_config
+from small import Step, schedule, small_batch, small_config
+
+from point_jax.training.mesh import put_batch
 
 
 def one_device():
@@ -82,6 +84,52 @@ def test_an_empty_scene_takes_no_part(step):
         batch[name][3:] = np.nan
     again, _ = step(batch)
     jax.tree.map(np.testing.assert_array_equal, state, again)
+
+
+def test_means_are_over_the_scenes_that_are_there(step):
+    """The same scene four times, alone or beside empty ones: no mean notices them."""
+    batch = small_batch()
+    batch["cut"][:] = 0.5
+    _, whole = step(batch)
+    batch["count"][4:] = 0
+    batch["cut"][4:] = 0
+    _, half = step(batch)
+    assert (whole["empty_scenes"], half["empty_scenes"]) == (0, 4)
+    assert whole["cut"] == half["cut"] == 0.5
+    for name in ("padding", "masked", "matched"):
+        np.testing.assert_allclose(half[name], whole[name], rtol=0.1, err_msg=name)
+
+
+def test_a_step_without_any_scene_is_a_bad_one(step):
+    batch = small_batch()
+    batch["count"][:] = 0
+    state, metrics = step(batch)
+    assert metrics["bad_steps"] == metrics["bad_steps_in_a_row"] == 1
+    assert (metrics["empty_scenes"], metrics["points"], metrics["matched"]) == (8, 0, 0)
+    assert np.isnan(metrics["loss"]) and metrics["grad_norm"] == 0
+    start = jax.tree.map(np.asarray, step.make())
+    for part in ("student", "teacher", "mu", "nu"):  # not even weight decay
+        jax.tree.map(np.testing.assert_array_equal, state[part], start[part])
+
+
+def test_another_seed_is_another_argument_of_the_same_program(step):
+    batch = put_batch(step.mesh, small_batch(), 8)
+    keys = [jax.device_put(jax.random.key(seed), step.key.sharding) for seed in (0, 1)]
+    losses = [step.step(step.make(), batch, schedule(), key)[1]["loss"] for key in keys]
+    assert losses[0] != losses[1]
+    assert step.step._cache_size() == 1
+
+
+def test_a_step_in_bfloat16_is_finite():
+    config = small_config()
+    config.network.dtype, config.network.rotary_base = "bfloat16", 0.0
+    made = Step(config, one_device())
+    arguments = made.make(), put_batch(made.mesh, small_batch(1), 1), schedule(), made.key
+    fast = made.step.lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    state, metrics = fast(*arguments)
+    assert metrics["bad_steps"] == 0 and np.isfinite(metrics["loss"])
+    for leaf in jax.tree.leaves({name: state[name] for name in ("student", "mu", "nu")}):
+        assert leaf.dtype == np.float32 and np.isfinite(leaf).all()
 
 
 def test_a_single_point_and_a_single_voxel_do_no_harm(step):

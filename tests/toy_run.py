@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.train.steps, config.train.batch, config.train.log_every = 12, 2, 1
     config.train.max_bad_steps = 3
     config.checkpoint.every = 4
-    config.data = ConfigDict({"seconds": 0.0, "nan": (-1, -1), "threads": 1})
+    config.data = ConfigDict({"seconds": 0.0, "nan": (-1, -1), "points": 5, "threads": 1})
     return config
 
 
@@ -52,7 +52,7 @@ def make_step(objective: Toy, config: ConfigDict, mesh: Mesh):
         hidden = jnp.tanh(jnp.tanh(coord @ blocks[0]) @ blocks[1])
         return jnp.mean((hidden @ params["head"]["weight"] - jnp.sin(coord[..., 0])) ** 2)
 
-    def step(state, batch, schedule):
+    def step(state, batch, schedule, key):
         loss, grads = jax.value_and_grad(loss_of)(state["student"], batch["coord"])
         grads, norm = optimizer.clip_by_global_norm(grads, config.optim.clip)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -99,7 +99,7 @@ def make_batches(
             coord[0, 0, 0] = np.nan
         time.sleep(data.seconds)
         part = slice(process * local, (process + 1) * local)
-        yield {"coord": coord[part], "count": np.full(local, 5, np.int32)}
+        yield {"coord": coord[part], "count": np.full(local, data.points, np.int32)}
         start += 1
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
     return run(config, Path(workdir))
 
 
-def run(config: ConfigDict, workdir: Path) -> int:
+def run(config: ConfigDict, workdir: Path, prepare_pictures: Any = None) -> int:
     return train(
         config,
         workdir,
@@ -116,6 +116,7 @@ def run(config: ConfigDict, workdir: Path) -> int:
         make_step=make_step,
         make_schedule=sonata_schedule,
         make_batches=make_batches,
+        prepare_pictures=prepare_pictures,
     )
 
 

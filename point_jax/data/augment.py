@@ -11,11 +11,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from point_jax import limits
 from point_jax.data.elastic import elastic
 from point_jax.geometry.sampling import bounds
 from point_jax.geometry.select import smallest
 
 Range = tuple[float, float]
+
+GEOMETRY_LIMITS = {
+    "scale": limits.each(limits.number(above=0), "low", "high", rising=True),
+    "turn": limits.each(limits.number(), "low", "high", rising=True),
+    "tilt": limits.each(limits.number(), "low", "high", rising=True),
+    "rotation_probability": limits.PROBABILITY,
+    "flip_probability": limits.PROBABILITY,
+    "jitter": limits.number(0),
+    "jitter_clip": limits.number(0),
+    "elastic": limits.each(limits.each(limits.number(above=0), "granularity", "magnitude")),
+    "elastic_probability": limits.PROBABILITY,
+    "elastic_cells_per_area": limits.number(above=0),
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,7 @@ class GeometrySpec:
     elastic_cells_per_area: float = 50.0
 
     def __post_init__(self) -> None:
-        for granularity, _ in self.elastic:
-            if granularity <= 0.0:
-                raise ValueError(f"elastic granularity is {granularity}; it must be above 0 metres")
+        limits.check(vars(self), GEOMETRY_LIMITS)
 
 
 class GeometryDraw(NamedTuple):

@@ -8,8 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from point_jax import limits
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(tuple(permutations(range(4))), np.int32)
+
+COLOR_LIMITS = {
+    "brightness": limits.number(0),
+    "contrast": limits.number(0),
+    "saturation": limits.number(0),
+    "hue": limits.number(0, 0.5),
+    "jitter_probability": limits.PROBABILITY,
+    "translation": limits.number(0),
+    "translation_probability": limits.PROBABILITY,
+}
 
 
 @dataclass(frozen=True)
@@ -33,11 +45,7 @@ class ColorSpec:
     translation_probability: float = 0.95
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.hue <= 0.5:
-            raise ValueError(f"hue is {self.hue}; a shift on the colour wheel lies in [0, 0.5]")
-        for name in ("brightness", "contrast", "saturation", "translation"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        limits.check(vars(self), COLOR_LIMITS)
 
 
 class ColorDraw(NamedTuple):

@@ -19,10 +19,29 @@ import grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from point_jax import limits
 from point_jax.data.rooms import RoomSpec, make_room
 from point_jax.data.scenes import Dataset, Scene, SceneError
 
 _SHUFFLE, _CUT = 0, 1  # what a key derived from the run's seed is for
+
+DATA_LIMITS = {
+    "scene_points": limits.whole(2),
+    "threads": limits.whole(0),
+    "prefetch": limits.whole(0),
+    "cache": limits.whole(0),
+}
+SOURCE_LIMITS = {
+    "kind": limits.text(),
+    "root": limits.text(empty=False),
+    "splits": limits.either(limits.each(limits.text()), limits.text()),
+    "units": limits.text(),
+    "up": limits.text(),
+    "segment": limits.either(limits.NOTHING, limits.text()),
+    "seeds": limits.each(limits.whole(0), "first", "end"),
+    "spec": limits.either(limits.NOTHING, limits.MAPPING),
+    "weight": limits.number(above=0),
+}
 
 log = logging.getLogger(__name__)
 
@@ -78,36 +97,59 @@ def rooms_source(
     first, end = seeds
     if not 0 <= first < end:
         raise ValueError(f"seeds={seeds!r} of a rooms source: expected (first, end), first < end")
-    room = RoomSpec(**_known(dict(spec or {}), [f.name for f in dataclasses.fields(RoomSpec)]))
+    chosen = _known(dict(spec or {}), [field.name for field in dataclasses.fields(RoomSpec)])
+    kinds = {int: limits.whole(), float: limits.number()}
+    limits.check(chosen, {f.name: kinds[type(f.default)] for f in dataclasses.fields(RoomSpec)})
+    room = RoomSpec(**chosen)
     return Source(end - first, lambda index: make_room(first + index, room), weight)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {"folder": folder_source, "rooms": rooms_source}
 
 
-def build_sources(entries: Sequence[Mapping[str, Any]]) -> list[Source]:
+def build_sources(
+    entries: Sequence[Mapping[str, Any]], place: str = "data.sources"
+) -> list[Source]:
     """Makes the sources that a config lists.
 
     Args:
         entries: mappings with `kind` (a key of `SOURCES`) and that factory's arguments.
+        place: the key that lists them, for errors.
 
     Raises:
-        ValueError: for an unknown kind or argument, with the nearest right name.
+        ValueError: there is none, or one has an unknown, missing or wrong argument.
         SceneError: for a folder that is missing or lacks metadata.
     """
+    if not entries:
+        raise ValueError(f"config.{place} is empty; list at least one dict(kind=..., ...)")
     sources = []
-    for entry in entries:
-        arguments = dict(entry)
-        kind = arguments.pop("kind", None)
-        _known({kind: None}, list(SOURCES))
-        factory = SOURCES[str(kind)]
-        source = factory(**_known(arguments, list(inspect.signature(factory).parameters)))
-        if not source.weight > 0:
-            raise ValueError(f"weight={source.weight} of a {kind} source; expected above 0")
-        sources.append(source)
-    if not sources:
-        raise ValueError("data.sources is empty; list at least one dict(kind=..., ...)")
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"config.{place} lists {entry!r}, expected dicts, as in "
+                "({'kind': 'folder', 'root': 'DIR'},) with the comma at the end"
+            )
+        try:
+            sources.append(_build_source(entry))
+        except SceneError as error:
+            raise SceneError(f"config.{place}[{index}]: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"config.{place}[{index}]: {error}") from error
     return sources
+
+
+def _build_source(entry: Mapping[str, Any]) -> Source:
+    arguments = dict(entry)
+    kind = arguments.pop("kind", None)
+    _known({kind: None}, list(SOURCES))
+    factory = SOURCES[str(kind)]
+    parameters = inspect.signature(factory).parameters
+    _known(arguments, list(parameters))
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            raise ValueError(f"a {kind} source needs {name!r}, got {dict(entry)}")
+    limits.check(arguments, SOURCE_LIMITS)
+    return factory(**arguments)
 
 
 def scene_stream(sources: Sequence[Source], seed: int) -> grain.MapDataset:
@@ -233,12 +275,13 @@ def make_batches(
             f"a global batch of {global_batch} scenes cannot be shared by {process_count} "
             f"processes; make it a multiple"
         )
-    if data.scene_points < 2:
-        raise ValueError(f"data.scene_points={data.scene_points}; expected at least 2")
+    limits.check(data, DATA_LIMITS, "config.data.")
     local = global_batch // process_count
     sources = build_sources(data.sources)
     stream = scene_stream(sources, seed)
     load = functools.lru_cache(maxsize=data.cache)(lambda scene: load_indexed(sources, scene))
+
+    skipped = set[int]()  # scenes named before: each comes again every epoch
 
     def slot(item: int) -> dict[str, Any]:
         batch, place = divmod(item, local)
@@ -248,8 +291,11 @@ def make_batches(
             scene = load(index)
         except SceneError as error:
             if not data.skip_bad:
-                raise
-            log.warning("skipped a scene: %s", error)
+                advice = "mend it, or leave such scenes out with --config.data.skip_bad=True"
+                raise SceneError(f"{error}; {advice}") from error
+            if index not in skipped:
+                log.warning("skipped a scene: %s", error)
+            skipped.add(index)
             scene = None
         key = np.random.default_rng((seed, _CUT, position))
         return pad_scene(scene, data.scene_points, key) | {"scene": np.int32(index)}
@@ -280,11 +326,13 @@ def held_out(data: Any) -> list[Scene]:
             scene of each, then the second of each, and so on, until there are `held_out.scenes`.
 
     Raises:
+        ValueError: for a wrong number or source.
         SceneError: for a scene that cannot be used; none is skipped here.
     """
+    limits.check(data.held_out, {"scenes": limits.whole(0)}, "config.data.held_out.")
     if data.held_out.scenes == 0:
         return []
-    sources = build_sources(data.held_out.sources)
+    sources = build_sources(data.held_out.sources, "data.held_out.sources")
     order = sorted((i, s) for s, source in enumerate(sources) for i in range(source.size))
     return [sources[s].load(i) for i, s in order[: data.held_out.scenes]]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from point_jax import limits
 from point_jax.data.augment import GeometrySpec, Range, random_drop, random_geometry
 from point_jax.data.color import ColorSpec, change_color, draw_color
 from point_jax.data.elastic import noise_cells
@@ -19,6 +20,20 @@ from point_jax.geometry.select import compact, member, number, smallest, uniform
 
 Drops = tuple[tuple[float, float], ...]
 SIZE_DRAWS = 10
+
+_SHARES = limits.each(limits.number(above=0, most=1), "low", "high", rising=True)
+_DROPS = limits.each(limits.each(limits.PROBABILITY, "share", "probability"))
+VIEW_LIMITS = {
+    "grid_size": limits.number(above=0),
+    "grid_capacity": limits.either(limits.NOTHING, limits.whole(1)),
+    "max_size": limits.whole(1),
+    "global_count": limits.whole(1),
+    "local_count": limits.whole(0),
+    "global_share": _SHARES,
+    "local_share": _SHARES,
+    "drop_color": _DROPS,
+    "drop_normal": _DROPS,
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +67,7 @@ class ViewSpec:
     drop_normal: Drops = ()
 
     def __post_init__(self) -> None:
-        if self.grid_size <= 0.0:
-            raise ValueError(f"grid_size is {self.grid_size}; it must be above 0 metres")
-        for name, least in (("max_size", 1), ("global_count", 1), ("local_count", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("global_share", "local_share"):
-            low, high = getattr(self, name)
-            if not 0.0 < low <= high <= 1.0:
-                raise ValueError(f"{name} is ({low}, {high}); expected 0 < low <= high <= 1")
+        limits.check(vars(self), VIEW_LIMITS)
 
     @property
     def global_capacity(self) -> int:

@@ -5,11 +5,26 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from point_jax import limits
 from point_jax.geometry.curves import CURVES, Curve
 from point_jax.geometry.hierarchy import HierarchySpec
 from point_jax.ops.rotary import frequencies
 
 STEM_RADIUS = 2
+
+STAGE_LIMITS = {name: limits.whole(1) for name in ("depth", "channels", "heads", "patch_size")}
+ROTARY_LIMITS = {
+    "base": limits.number(above=0),
+    "shift": limits.number(0),
+    "jitter": limits.number(1),
+    "rescale": limits.number(1),
+}
+NETWORK_LIMITS = {
+    "inputs": limits.whole(1),
+    "mlp_ratio": limits.number(above=0),
+    "drop_path": limits.number(0, below=1),
+    "layer_scale": limits.either(limits.NOTHING, limits.number(above=0)),
+}
 
 
 @dataclass(frozen=True)
@@ -22,10 +37,9 @@ class StageSpec:
     patch_size: int
 
     def __post_init__(self) -> None:
+        limits.check(vars(self), STAGE_LIMITS)
         if self.channels % self.heads:
             raise ValueError(f"channels={self.channels} is not a multiple of heads={self.heads}")
-        if min(self.depth, self.channels, self.heads, self.patch_size) < 1:
-            raise ValueError(f"every number of a stage must be positive, got {self}")
 
 
 @dataclass(frozen=True)
@@ -50,11 +64,7 @@ class Rotary:
     decoder: bool = True
 
     def __post_init__(self) -> None:
-        if self.base <= 0 or self.shift < 0 or min(self.jitter, self.rescale) < 1:
-            raise ValueError(
-                "rotary positions need base > 0, shift >= 0, jitter >= 1 and rescale >= 1, "
-                f"got {self}"
-            )
+        limits.check(vars(self), ROTARY_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class PTv3Spec:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        limits.check(vars(self), NETWORK_LIMITS)
         if self.decoder and len(self.decoder) != len(self.encoder) - 1:
             raise ValueError(
                 f"a decoder of {len(self.encoder)} levels has {len(self.encoder) - 1} stages, "

@@ -229,7 +229,7 @@ class RowMaker:
             "points": points,
             "empty_scenes": 1.0 - row.scenes,
             "cut": scene.get("cut", jnp.zeros(())),
-            "padding": 1.0 - used / slots,
+            "padding": row.scenes * (1.0 - used / slots),
             "masked": (row.masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
             "student_points": sum(students),
             "overflow_grid": overflow["grid"],

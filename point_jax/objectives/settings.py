@@ -1,12 +1,14 @@
 """Config sections of the objectives, and the objectives that they describe."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from point_jax import limits
 from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
 from point_jax.data.views import ViewSpec
@@ -15,6 +17,14 @@ from point_jax.objectives.sonata import Sonata, SonataSpec
 
 Spec = TypeVar("Spec")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_LISTS = ("depths", "channels", "heads")  # with an entry for each level
+
+SECTION_LIMITS = {
+    **{name: limits.each(limits.whole(1)) for name in _LISTS},
+    "patch_size": limits.whole(1),
+    "layer_scale": limits.number(0),
+    "rotary_base": limits.number(0),
+}
 
 
 def default_network() -> ConfigDict:
@@ -51,30 +61,37 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     """The encoder that a section `network` describes.
 
     Raises:
-      ValueError: lists of different lengths, or a value out of range.
+      ValueError: lists of different lengths, or a value out of range; names the key.
     """
-    lists = {name: tuple(network[name]) for name in ("depths", "channels", "heads")}
+    place = "config.network."
+    limits.check(network, SECTION_LIMITS, place)
+    lists = {name: tuple(network[name]) for name in _LISTS}
     if len({len(values) for values in lists.values()}) != 1:
-        raise ValueError(f"network: depths, channels and heads need one length, got {lists}")
+        raise ValueError(f"{place}depths, channels and heads need one length, got {lists}")
     if network["dtype"] not in _DTYPES:
-        raise ValueError(f"network.dtype={network['dtype']!r}; expected one of {list(_DTYPES)}")
+        raise ValueError(
+            f"{place}dtype is {network['dtype']!r}, expected one of {', '.join(_DTYPES)}"
+        )
     rotary = None
     if network["rotary_base"]:
         names = ("base", "shift", "jitter", "rescale")
-        rotary = Rotary(**{name: network[f"rotary_{name}"] for name in names})
-    stages = zip(lists["depths"], lists["channels"], lists["heads"], strict=True)
-    return PTv3Spec(
-        encoder=tuple(
-            StageSpec(depth, channels, heads, network["patch_size"])
-            for depth, channels, heads in stages
-        ),
-        mlp_ratio=network["mlp_ratio"],
-        drop_path=network["drop_path"],
-        layer_scale=network["layer_scale"] or None,
-        rotary=rotary,
-        dtype=_DTYPES[network["dtype"]],
-        remat=network["remat"],
-    )
+        with _errors_say(f"{place}rotary_"):
+            rotary = Rotary(**{name: network[f"rotary_{name}"] for name in names})
+    stages = []
+    levels = zip(lists["depths"], lists["channels"], lists["heads"], strict=True)
+    for level, (depth, channels, heads) in enumerate(levels):
+        with _errors_say(f"config.network, level {level}: "):
+            stages.append(StageSpec(depth, channels, heads, network["patch_size"]))
+    with _errors_say(place):
+        return PTv3Spec(
+            encoder=tuple(stages),
+            mlp_ratio=network["mlp_ratio"],
+            drop_path=network["drop_path"],
+            layer_scale=network["layer_scale"] or None,
+            rotary=rotary,
+            dtype=_DTYPES[network["dtype"]],
+            remat=network["remat"],
+        )
 
 
 def make_sonata(config: Any) -> Sonata:
@@ -83,16 +100,26 @@ def make_sonata(config: Any) -> Sonata:
     Raises:
       ValueError: a value that does not fit, and which.
     """
-    views = config.views.to_dict()
-    views["color"] = ColorSpec(**views["color"])
-    views["geometry"] = GeometrySpec(**views["geometry"])
-    return Sonata(
-        SonataSpec(
-            network=network_spec(config.network),
-            views=ViewSpec(**_tuples(views)),
-            **_tuples(config.objective.to_dict()),
-        )
-    )
+    network = network_spec(config.network)
+    views = _tuples(config.views.to_dict())
+    with _errors_say("config.views.color."):
+        views["color"] = ColorSpec(**views["color"])
+    with _errors_say("config.views.geometry."):
+        views["geometry"] = GeometrySpec(**_tuples(views["geometry"]))
+    with _errors_say("config.views."):
+        views = ViewSpec(**views)
+    with _errors_say("config.objective."):
+        spec = SonataSpec(network=network, views=views, **_tuples(config.objective.to_dict()))
+    return Sonata(spec)
+
+
+@contextlib.contextmanager
+def _errors_say(place: str) -> Iterator[None]:
+    """Puts the section before the errors of a spec, which begin with the name of a field."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place}{error}") from error
 
 
 def _section(spec: Any, leave_out: tuple[str, ...] = ()) -> ConfigDict:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from point_jax import limits
 from point_jax.data.views import ViewSpec
 from point_jax.geometry.hierarchy import Level
 from point_jax.models.functional import Params, functional
@@ -33,6 +34,18 @@ from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
 
 SINKHORN_STEPS = 3
+
+SONATA_LIMITS = {
+    "shares": limits.each(limits.number(above=0, most=1)),
+    "hidden": limits.whole(1),
+    "embed": limits.whole(1),
+    "prototypes": limits.whole(2),
+    "up_cast": limits.whole(0),
+    "weights": limits.each(limits.number(0), *LOSSES),
+    "mask_jitter": limits.number(0),
+    "student_temperature": limits.number(above=0),
+    "match_radius": limits.number(above=0),
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +80,20 @@ class SonataSpec:
     matched_views_only: bool = False
 
     def __post_init__(self) -> None:
+        limits.check(vars(self), SONATA_LIMITS)
         levels = len(self.network.encoder)
         if len(self.shares) != levels:
             raise ValueError(
                 f"shares has {len(self.shares)} entries, the encoder {levels} levels: give one each"
             )
         if not 0 <= self.up_cast < levels:
-            raise ValueError(f"up_cast={self.up_cast} must be from 0 to {levels - 1}")
+            raise ValueError(f"up_cast is {self.up_cast}, expected 0 to {levels - 1}")
+        if not sum(self.weights) > 0:
+            raise ValueError(f"weights is {self.weights}, expected one above 0")
         if self.weights[1] > 0 and self.views.global_count < 2:
-            raise ValueError("the roll loss (weights[1]) needs at least two global views")
+            raise ValueError("weights[1], the roll loss, needs views.global_count of at least 2")
+        if self.views.local_count < 1:
+            raise ValueError("weights[2], the unmask loss, needs views.local_count of at least 1")
 
     @property
     def rows(self) -> RowMaker:
@@ -293,30 +311,30 @@ class Sonata:
         perplexity of the mean assignment over the number of prototypes: 1 when all are used evenly,
         near 0 in a collapse. `feature_std` is the mean over channels of the standard deviation of
         the teacher's features over points, relative to their root mean square: 0 in a collapse.
+        Means are over the scenes that are not empty; without any there is no loss: it is NaN.
         """
-        rows = jnp.maximum(stats["rows"], 1.0)
-        out = {f"{name}_loss": stats[name]["loss"] / rows for name in LOSSES}
+        out = {f"{name}_loss": stats[name]["loss"] / stats["rows"] for name in LOSSES}
         weights = zip(LOSSES, self.spec.weights, strict=True)
         out["loss"] = sum((w * out[f"{name}_loss"] for name, w in weights), jnp.zeros(()))
         sums = {name: stats[name]["sums"] for name in LOSSES}
+        found = sum((stats[name]["matched"] for name in LOSSES), jnp.zeros(()))
         matched = {name: jnp.maximum(stats[name]["matched"], 1.0) for name in LOSSES}
         everything = jax.tree.map(lambda *parts: sum(parts), *sums.values())
-        pairs = sum(matched.values(), jnp.zeros(()))
+        pairs = jnp.maximum(found, 1.0)
         most = jnp.log(float(self.spec.prototypes))
         out["teacher_entropy"] = everything.teacher_entropy / pairs / most
         out["student_entropy"] = everything.student_entropy / pairs / most
         out["teacher_use"] = _use(sums["mask"].teacher_use / matched["mask"])
         out["student_use"] = _use(sums["mask"].student_use / matched["mask"])
-        out["matched"] = pairs / jnp.maximum(stats["student_points"], 1.0)
+        out["matched"] = found / jnp.maximum(stats["student_points"], 1.0)
         points = jnp.maximum(stats["teacher_points"], 1.0)
         mean, square = stats["feature_sum"] / points, stats["feature_square"] / points
         spread = jnp.sqrt(jnp.maximum(square - mean * mean, 0.0))
         out["feature_std"] = spread.mean() / jnp.sqrt(jnp.maximum(square.mean(), 1e-12))
         for name in ("points", "empty_scenes", "overflow_grid", "overflow_elastic", "overflow_row"):
             out[name] = stats[name]
-        scenes = jnp.maximum(stats["rows"] + stats["empty_scenes"], 1.0)
         for name in ("cut", "padding", "masked"):
-            out[name] = stats[name] / scenes
+            out[name] = stats[name] / jnp.maximum(stats["rows"], 1.0)
         return out
 
     def _matched(self, row: Row, name: str) -> tuple[jax.Array, Level]:

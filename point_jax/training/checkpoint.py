@@ -139,22 +139,32 @@ def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
 
 
+def any_saved(workdir: Path) -> bool:
+    """Whether a run has left a checkpoint, readable or not, in its folder."""
+    return bool(_steps(workdir / FOLDER))
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((e for e in entries if e.name.isdigit()), key=lambda entry: int(entry.name))
+
+
 def _newest(source: Path) -> Path:
     """The folder of the newest checkpoint at `source`, see `load_weights`."""
     if (source / "state").is_dir():
         return source.absolute()
-    inner = source / FOLDER if (source / FOLDER).is_dir() else source
-    steps = [entry for entry in inner.iterdir() if entry.name.isdigit()] if inner.is_dir() else []
+    steps = _steps(source / FOLDER if (source / FOLDER).is_dir() else source)
     if not steps:
         raise CheckpointError(f"no checkpoint in {source}: expected a workdir or {FOLDER}/<step>")
-    return max(steps, key=lambda entry: int(entry.name)).absolute()
+    return steps[-1].absolute()
 
 
 def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Reads the parts of a checkpoint that the template names, and the meta data."""
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(epath.Path(folder / "state")).tree
-    _compare(folder, {part: saved.get(part, {}) for part in template}, template)
+    compare_trees(folder, {part: saved.get(part, {}) for part in template}, template)
     with ocp.Checkpointer(handler) as reader:
         state = reader.restore(
             folder / "state",
@@ -172,8 +182,8 @@ def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], 
     return state, meta
 
 
-def _compare(folder: Path, saved: Tree, template: Tree) -> None:
-    """Raises CheckpointError unless both trees have the same keys, shapes and dtypes."""
+def compare_trees(folder: Path, saved: Tree, template: Tree) -> None:
+    """Raises CheckpointError unless both trees have the same keys, shapes and dtypes; names all."""
     old, new = dict(_flat(saved)), dict(_flat(template))
     faults = [f"missing {key}" for key in sorted(new.keys() - old.keys())]
     faults += [f"extra {key}" for key in sorted(old.keys() - new.keys())]

@@ -13,15 +13,49 @@ from typing import Any, cast
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from point_jax import limits
+
 Config = Any  # a ConfigDict; type checkers cannot know what its attributes hold
 
 PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
-# Keys that may change when a run is resumed: they change what is written, not what is computed.
+# Keys that may change when a run is resumed: they change what is written, how fast, and whether the
+# run goes on, not what is computed.
 HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
-    *("data.threads", "data.prefetch", "data.cache"),
+    *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
+    *("data.held_out.sources", "data.held_out.scenes"),
 )
+
+_POSITIVE, _COUNT = limits.number(above=0), limits.whole(1)
+_SHARES = limits.each(limits.PROBABILITY, "first", "last")
+_SIZES = limits.each(_POSITIVE, "first", "last")
+LIMITS = {
+    "seed": limits.whole(0, 2**31 - 1),
+    "train.steps": _COUNT,
+    "train.batch": _COUNT,
+    "train.log_every": _COUNT,
+    "train.max_bad_steps": _COUNT,
+    "optim.lr": _POSITIVE,
+    "optim.lr_decay": limits.number(above=0, most=1),
+    "optim.pct_start": limits.PROBABILITY,
+    "optim.div": _POSITIVE,
+    "optim.final_div": _POSITIVE,
+    "optim.beta1_high": limits.number(0, below=1),
+    "optim.beta1_low": limits.number(0, below=1),
+    "optim.beta2": limits.number(above=0, below=1),
+    "optim.eps": _POSITIVE,
+    "optim.wd": limits.number(0),
+    "optim.wd_final": limits.number(0),
+    "optim.clip": _POSITIVE,
+    "schedule.warmup": limits.PROBABILITY,
+    "schedule.mask_size": _SIZES,
+    "schedule.mask_ratio": _SHARES,
+    "schedule.teacher_temp": _SIZES,
+    "schedule.momentum": _SHARES,
+    "checkpoint.every": _COUNT,
+    "checkpoint.keep": _COUNT,
+}
 
 
 class ConfigError(ValueError):
@@ -36,7 +70,7 @@ def default_config() -> Config:
     """
     config = ConfigDict()
     config.seed = 0
-    config.init_from = ""  # a workdir or checkpoint whose student and teacher a new run starts from
+    config.init_from = ""  # a workdir, checkpoint or converted weights that a new run starts from
 
     config.train = train = ConfigDict()
     train.steps = 200_000
@@ -85,8 +119,12 @@ def parse_command_line(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 
     Raises:
         ConfigError: a flag or key that does not exist (with the nearest name), a value of the
-            wrong type, a config file that is missing or fails.
+            wrong type, a config file that is missing or fails, a flag given twice.
     """
+    names = [arg.split("=", 1)[0].lstrip("-") for arg in argv[1:] if arg.startswith("-")]
+    for name in names:
+        if names.count(name) > 1:  # ml_collections would join two tuples
+            raise ConfigError(f"--{name} is given {names.count(name)} times; give it once")
     overrides = [arg for arg in argv[1:] if re.match(r"--?(no)?config\.", arg)]
     plain = [arg for arg in argv if arg not in overrides]
     config = _parse_flags(plain)[0]
@@ -123,7 +161,10 @@ def _parse_flags(argv: Sequence[str]) -> tuple[ConfigDict, str]:
 def _readable(error: Exception) -> str:
     """The last line that says what went wrong; ml_collections wraps whole tracebacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    line = lines[-1] if lines else type(error).__name__
+    if "get_config() takes 0 positional" in line:
+        return "get_config() of the config file takes no argument: write --config=FILE.py, no ':'"
+    return line
 
 
 def _check_key(override: str, config: ConfigDict) -> None:
@@ -167,18 +208,10 @@ def check_config(config: ConfigDict) -> None:
             for key in cast(ConfigDict, config[name]):
                 _check_key(f"--config.{name}.{key}", wanted)
 
-    positive = ["train.steps", "train.batch", "train.log_every", "train.max_bad_steps"]
-    positive += ["checkpoint.every", "checkpoint.keep", "optim.lr", "optim.lr_decay", "optim.div"]
-    positive += ["optim.final_div", "optim.eps", "optim.clip"]
-    shares = ["optim.pct_start", "optim.beta1_high", "optim.beta1_low", "optim.beta2"]
-    shares += ["schedule.warmup"]
-    for place, value in _leaves(config.to_dict()):
-        if place in positive and not value > 0:
-            raise ConfigError(f"config.{place} is {value}, expected more than 0")
-        if place in shares and not 0 <= value <= 1:
-            raise ConfigError(f"config.{place} is {value}, expected a number from 0 to 1")
-        if place.startswith("schedule.") and place not in shares and len(value) != 2:
-            raise ConfigError(f"config.{place} is {value}, expected (first, last)")
+    try:
+        limits.check(dict(_leaves(config.to_dict())), LIMITS, "config.")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any]]:
@@ -214,42 +247,51 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
         raise ConfigError(f"the config cannot be written as JSON: {error}") from error
 
 
-def settle_config(config: ConfigDict, workdir: Path) -> list[str]:
-    """Writes `config.json`, or compares the config with the one the workdir was started with.
+def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -> list[str]:
+    """Compares the config with the one the workdir was started with.
+
+    Args:
+        config: the config to go on with.
+        workdir: may have a `config.json`.
+        binding: whether there is anything to go on from: a checkpoint, a result. If not, all keys
+            may change.
 
     Returns:
-        Remarks for the person who resumes the run: changed package versions, harmless keys.
+        Remarks for the person who resumes the run: changed package versions, changed keys.
 
     Raises:
         ConfigError: keys that decide what the run computes differ; all are named.
     """
     file, new = workdir / "config.json", resolved(config)
-    remarks = []
-    if file.exists():
-        try:
-            old = json.loads(file.read_text())
-            before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
-        changed = {
-            key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key, "absent") != after.get(key, "absent")
-        }
-        grave = [text for key, text in changed.items() if key not in HARMLESS]
-        if grave:
-            raise ConfigError(
-                f"{workdir} was started with another config ({'; '.join(grave)}); go on with the "
-                f"same values, or start in a new --workdir with --config.init_from={workdir}"
-            )
-        remarks += [f"config changed, {text}" for text in changed.values()]
-        for name, version in new["versions"].items():
-            if (was := old.get("versions", {}).get(name)) != version:
-                remarks.append(f"{name} was {was}, is {version}: results may differ in last bits")
-        if not remarks:
-            return []
-    write_atomically(file, json.dumps(new, indent=2, sort_keys=True) + "\n")
+    if not file.exists():
+        return []
+    try:
+        old = json.loads(file.read_text())
+        before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
+    changed = {
+        key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "absent") != after.get(key, "absent")
+    }
+    grave = [text for key, text in changed.items() if key not in HARMLESS]
+    if grave and binding:
+        raise ConfigError(
+            f"{workdir} was started with another config ({'; '.join(grave)}); go on with the "
+            f"same values, or start in a new --workdir with --config.init_from={workdir}"
+        )
+    remarks = [f"config changed, {text}" for text in changed.values()]
+    for name, version in new["versions"].items():
+        if binding and (was := old.get("versions", {}).get(name)) != version:
+            remarks.append(f"{name} was {was}, is {version}: results may differ in last bits")
     return remarks
+
+
+def settle_config(config: ConfigDict, workdir: Path) -> None:
+    """Writes `config.json`, the config that a run is bound to from its first checkpoint on."""
+    content = json.dumps(resolved(config), indent=2, sort_keys=True) + "\n"
+    write_atomically(workdir / "config.json", content)
 
 
 def write_atomically(file: Path, text: str) -> None:

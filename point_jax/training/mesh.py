@@ -58,8 +58,21 @@ def start_processes(env: Mapping[str, str] = os.environ) -> None:
 
 
 def data_mesh() -> Mesh:
-    """All devices along one axis `data`, each process's devices together, in a fixed order."""
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    """All devices along one axis `data`, each process's devices together, in a fixed order.
+
+    Raises:
+        ConfigError: JAX finds no device of the platform that it is told to use.
+    """
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts when a platform has no device
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        why = f" ({error})" if str(error) else ""
+        raise ConfigError(
+            f"JAX finds no device with JAX_PLATFORMS={wanted}{why}: install JAX for that "
+            "accelerator, as in pip install -e '.[cuda13]', or unset JAX_PLATFORMS"
+        ) from error
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), (AXIS,))
 
 

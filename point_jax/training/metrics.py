@@ -17,12 +17,16 @@ from point_jax.training.config import write_atomically
 FILE = "metrics.jsonl"
 
 
+class MetricsError(ValueError):
+    """A file of metrics that cannot be read, and where."""
+
+
 class MetricsWriter:
     """Writes one JSON object a logged step to `metrics.jsonl`, and the same to TensorBoard.
 
     `step` is the number of steps done: the first step's object has `step` 1. JSON knows no NaN and
     no infinity: such a value is written as null and `"nonfinite": {name: "nan" | "inf" | "-inf"}`
-    says which it was. Every line is flushed as it is written.
+    says which it was; TensorBoard gets the finite ones. Every line is flushed as it is written.
     """
 
     def __init__(self, workdir: Path, restored_step: int) -> None:
@@ -49,7 +53,8 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step}
         for name, value in values.items():
             line[name] = value if math.isfinite(value) else None
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
         wrong = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
         if wrong:
             line["nonfinite"] = wrong
@@ -70,7 +75,11 @@ class MetricsWriter:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl`; none if there is no file, without an unfinished last one."""
+    """The lines of `metrics.jsonl`; none if there is no file, without an unfinished last one.
+
+    Raises:
+        MetricsError: a line is not one that a run wrote.
+    """
     file = workdir / FILE
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     parsed = []
@@ -79,7 +88,10 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
             parsed.append(json.loads(line))
             int(parsed[-1]["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: not a line of metrics ({error})") from error
+            raise MetricsError(
+                f"{file}, line {number}: not a line of metrics ({error}); delete the line or move "
+                "the file away"
+            ) from error
     return parsed
 
 

@@ -17,8 +17,8 @@ class HasInit(Protocol):
         ...
 
 
-def init_state(objective: HasInit, seed: int) -> State:
-    """The state before the first step, a pure function of the seed (may be traced by `jax.jit`).
+def init_state(objective: HasInit, key: jax.Array) -> State:
+    """The state before the first step, a pure function of the run's key (may be traced by jit).
 
     Returns:
         `step` int32 (), steps done, skipped ones included; `student` and `teacher`, equal at first;
@@ -27,7 +27,7 @@ def init_state(objective: HasInit, seed: int) -> State:
         up to the present step, int32 (). The updates done so far are `step - bad_steps.total`.
     """
     # The steps fold small numbers into the run's key; the initialization must not meet them.
-    student = objective.init(jax.random.fold_in(jax.random.key(seed), 0x7FFFFFFF))
+    student = objective.init(jax.random.fold_in(key, 0x7FFFFFFF))
     return {
         "step": jnp.zeros((), jnp.int32),
         "student": student,

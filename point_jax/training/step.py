@@ -28,19 +28,19 @@ def make_train_step(
 
     Args:
       objective: what to learn.
-      config: read are `seed` and `optim` (lr_decay, clip, beta2, eps).
+      config: read is `optim` (lr_decay, clip, beta2, eps).
       mesh: one axis, `data`.
 
     Returns:
-      `step(state, batch, schedule) -> (state, metrics)`, jitted; the state is donated. `batch` has
-      a leading axis of the scenes of all devices, `schedule` float32 scalars, `metrics` are
-      () float32. A step whose loss or gradient is not finite changes nothing but the counters.
+      `step(state, batch, schedule, key) -> (state, metrics)`, jitted; the state is donated. `batch`
+      has a leading axis of the scenes of all devices, `schedule` float32 scalars, `key` is the
+      run's (an argument: another seed compiles nothing anew), `metrics` are () float32. A step
+      whose loss or gradient is not finite, or without any scene, changes nothing but the counters.
     """
     optim = config.optim.copy_and_resolve_references()
-    run_key = jax.random.key(config.seed)
 
     def gradients(student, teacher, batch, key, schedule):
-        """Gradient of the mean loss over the global batch, and sums for the metrics."""
+        """Gradient of the mean loss over the global batch, its rows, and sums for the metrics."""
         scenes = batch["count"].shape[0]
         slot = jax.lax.axis_index(AXIS) * scenes + jnp.arange(scenes)
         scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), slot)
@@ -69,18 +69,20 @@ def make_train_step(
 
         sums = (grads, count, {**stats, **targets.stats, **loss_stats})
         grads, count, stats = jax.lax.psum(sums, AXIS)
-        return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads), stats
+        return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads), count, stats
 
     sharded = jax.shard_map(
         gradients, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(), P()), out_specs=P(), check_vma=False
     )
 
-    def step(state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array]):
-        key = jax.random.fold_in(run_key, state["step"])
-        grads, stats = sharded(state["student"], state["teacher"], batch, key, schedule)
+    def step(
+        state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array], key: jax.Array
+    ):
+        key = jax.random.fold_in(key, state["step"])
+        grads, count, stats = sharded(state["student"], state["teacher"], batch, key, schedule)
         metrics = objective.metrics(stats)
         clipped, norm = clip_by_global_norm(grads, optim.clip)
-        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & (count > 0)
         bad = state["bad_steps"]
         student, mu, nu = adamw(
             state["student"],
