@@ -7,6 +7,7 @@ checksums of the archive around the pickle; this module does.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -173,7 +174,7 @@ def write_safetensors(folder: Path, config: Mapping[str, Any], state: State) -> 
 
 def _torch() -> ModuleType:
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError as error:
         raise CheckpointError(NEEDS_TORCH) from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
