@@ -15,7 +15,10 @@ from point_jax.training.config import ConfigError
 from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
 from point_jax.training.metrics import MetricsError
 
-FOR_THE_USER = (ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped)
+FOR_THE_USER = (
+    *(ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped),
+    FloatingPointError,
+)
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | None) -> int:
@@ -51,3 +54,17 @@ def keep_compiled() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "point_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def make_folder(path: Path) -> None:
+    """Makes an output folder, before any work is done.
+
+    Raises:
+        ConfigError: it cannot be made, or written into.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output={path}: cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"--output={path}: no permission to write there")

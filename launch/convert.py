@@ -24,11 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from launch import command
 from point_jax.interop.atomic import must_be_free
 from point_jax.interop.convert import TREES, encoder_of, to_pointcept, to_release, to_weights
 from point_jax.interop.files import CONFIG, TENSORS, read_file, write_pth, write_safetensors
-from point_jax.interop.store import MANIFEST, Weights, count, load_weights, save_weights
+from point_jax.interop.store import MANIFEST, Weights, count, leaves, load_weights, save_weights
 from point_jax.interop.workdir import is_workdir, read_workdir
 from point_jax.training.checkpoint import FOLDER, CheckpointError
 from point_jax.training.config import ConfigError
@@ -102,15 +104,18 @@ def write(path: Path, to: str, weights: Weights) -> list[str]:
     if to == "checkpoint":
         save_weights(path, weights)
         return []
+    remarks = []
+    if size := weights.source.get("grid_size"):
+        remarks.append(f"voxels of {size} m: this format does not say so, keep it in mind")
     if to == "pointcept":
         write_pth(path, to_pointcept(weights))
         return [
+            *remarks,
             "Pointcept starts from this file (weight=FILE); without an optimizer's state it does "
-            "not resume (resume=True)"
+            "not resume (resume=True)",
         ]
-    remarks = []
     if weights.kind in ("pretraining", "segmentor"):
-        remarks = [
+        remarks += [
             f"took the {TREE}'s encoder (--tree={TREES[0]} takes the other); the heads are left out"
             if weights.kind == "pretraining"
             else "took the network without its head (--to=pointcept keeps it)"
@@ -143,6 +148,9 @@ def main(argv: Sequence[str]) -> int:
     weights, remarks = read(options.input, options.network, options.tree)
     to = options.to or target(options.input, options.output, weights.kind)
     print(f"read {options.input}: {describe(weights)}")
+    bad = [name for name, array in leaves(weights.params) if not np.isfinite(array).all()]
+    if bad:
+        remarks.append(f"NaN or infinity in {len(bad)} arrays: {', '.join(bad[:5])}")
     remarks += write(options.output, to, weights)
     for remark in remarks:
         print(remark)

@@ -57,6 +57,7 @@ from point_jax.data.scenes import SceneError
 from point_jax.features.encoder import Encoder
 from point_jax.features.load import load
 from point_jax.training.config import ConfigError
+from point_jax.training.metrics import params_digest
 
 POINTS = 4_000_000  # points of the clouds that are encoded together, at most
 
@@ -190,7 +191,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{done} of {done + len(jobs)} have their results already (--overwrite: make again)")
     if not jobs:
         return 0
+    command.make_folder(options.given.output)
     encoder = load_encoder(options)
+    record.bind(params_digest(encoder.params))
     failed: dict[Path, str] = {}
     made = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,10 +21,11 @@ FORMATS = ("npz", "ply", "png", "html")
 RECORD = "infer.json"
 # What may differ between runs into one folder: it does not change what a file holds.
 HARMLESS = (
-    *("input", "output", "format", "pattern", "overwrite", "skip_bad", "batch", "max_voxels"),
+    *("input", "output", "format", "pattern", "overwrite", "skip_bad", "batch"),
     *("drop_invalid", "any_size"),
 )
 INPUTS = ("coord", "color", "normal")
+NEEDED = ("checkpoint", "input", "output")
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,8 @@ def parse(argv: Sequence[str]) -> Options:
     """
     parser = _Parser("launch.infer", add_help=False, allow_abbrev=False)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True)
-    add("--input", type=Path, required=True)
-    add("--output", type=Path, required=True)
+    for flag in NEEDED:
+        add(f"--{flag}", type=Path)
     add("--format", default="npz")
     add("--up_cast", type=int)
     add("--tree", choices=("teacher", "student"), default="teacher")
@@ -101,6 +102,8 @@ def parse(argv: Sequence[str]) -> Options:
         flag = word.split("=")[0]
         near = difflib.get_close_matches(flag, [f"--{name}" for name in vars(given)], 1)
         raise ConfigError(f"not a flag: {word}" + (f"; did you mean {near[0]}?" if near else ""))
+    if missing := [f"--{name}" for name in NEEDED if getattr(given, name) is None]:
+        raise ConfigError(f"missing: {', '.join(missing)}")
     formats = tuple(dict.fromkeys(given.format.split(",")))
     for name in formats:
         if name not in FORMATS:
@@ -136,7 +139,7 @@ def _towards(text: str) -> str | tuple[float, ...]:
         place = tuple(float(number) for number in text.split(","))
     except ValueError:
         place = ()
-    if len(place) != 3:
+    if len(place) != 3 or not all(map(math.isfinite, place)):
         raise ConfigError(f"--normals_towards is {text!r}; expected up, middle, or X,Y,Z")
     return place
 
@@ -147,6 +150,7 @@ class Record:
     Attributes:
         file: infer.json.
         settings: flags that change results, as they are now.
+        weights: digest of the network's parameters, once `bind` has told it.
         inputs: name of a result -> the input that it was made from.
     """
 
@@ -166,11 +170,14 @@ class Record:
         }
         self.settings["radius"] = str(given.radius)  # JSON has no infinity
         self.inputs: dict[str, str] = {}
+        self.weights = ""
+        self._overwrite = given.overwrite
         if not self.file.exists():
             return
         try:
             record = json.loads(self.file.read_text())
             before, self.inputs = dict(record["settings"]), dict(record["inputs"])
+            self.weights = str(record["weights"])
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"{self.file}: not what this command writes ({error}); remove it or the folder"
@@ -182,6 +189,15 @@ class Record:
                 f"{given.output} holds results made with {told}; choose another --output, or "
                 f"--overwrite them"
             )
+
+    def bind(self, weights: str) -> None:
+        """Raises ConfigError if results there were made with other weights than these."""
+        if self.weights not in ("", weights) and not self._overwrite:
+            raise ConfigError(
+                f"{self.file.parent} holds results of other weights from the same place (trained "
+                "on, or converted again); choose another --output, or --overwrite them"
+            )
+        self.weights = weights
 
     def check(self, name: str, path: Path, result: Path) -> None:
         """Raises ConfigError if the result of that name was made from another input."""
@@ -196,7 +212,11 @@ class Record:
         """Notes that there is a result of that name, made with the settings from that input."""
         self.inputs[name] = str(path.resolve())
         with whole(self.file) as part:
-            content = {"settings": self.settings, "inputs": self.inputs}
+            content = {
+                "settings": self.settings,
+                "weights": self.weights,
+                "inputs": self.inputs,
+            }
             part.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -34,6 +34,7 @@ retrieve:
   --count=5          how many
 """
 
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -221,6 +222,9 @@ def show_retrieve(options: Options, clouds: list[FeatureCloud]) -> None:
         items = objects_of(clouds) if options.objects else scenes_of(clouds)
         base = descriptors(clouds, items)
         query = options.query_among(items, clouds)
+        if 0 < len(items) - 1 < options.count:
+            print(f"there are {len(items) - 1} besides the query: showing all of them")
+            options = replace(options, count=len(items) - 1)
         skip = np.arange(len(items)) == query
         nearest = nearest_items(base[query : query + 1], base, options.count, skip=skip[None])
     order = [query, *map(int, nearest.item[0])]
@@ -382,9 +386,11 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int:
     """Shows what the command line says; returns the exit code."""
     options = parse(argv, tuple(COMMANDS))
+    if importlib.util.find_spec("plyfile") is None:
+        raise ConfigError("the PLY files need the package plyfile: pip install 'point_jax[io]'")
+    command.make_folder(options.output)
     clouds, classes = load_clouds(options)
     options = replace(options, classes=options.classes or classes)
-    options.output.mkdir(parents=True, exist_ok=True)
     COMMANDS[options.command](options, clouds)
     print(f"wrote {options.file('png')}, .ply and .html")
     return 0

@@ -120,6 +120,9 @@ def test_a_cloud_that_cannot_be_used_says_why(encoder):
         (good | {"color": good["color"] / 255}, "no value is above 1: colours are 0 to 255"),
         (good | {"normal": 3 * good["normal"]}, "not of unit length"),
         (good["coord"] * 1e6, "in metres"),
+        (None, r"clouds\[0\]: is None"),
+        (good | {"colors": good["color"]}, "has 'colors'; is it 'color'?"),
+        (good | {"Colour": good["color"]}, "has 'Colour'; is it 'color'?"),
     ]:
         with pytest.raises(SceneError, match=message):
             encoder([cloud])
@@ -127,8 +130,20 @@ def test_a_cloud_that_cannot_be_used_says_why(encoder):
         encoder(good)
     with pytest.raises(ValueError, match="reads 9 channels a point: say which"):
         Encoder(SPEC, encoder.params, inputs=("coord",))
+    for wrong in ({"grid_size": 0.0}, {"grid_size": np.nan}, {"scale": np.inf}, {"max_voxels": 0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            Encoder(SPEC, encoder.params, **wrong)
+    with pytest.raises(ValueError, match="say which"):
+        Encoder(SPEC, encoder.params, inputs=("color", "color", "color"))
     with pytest.raises(ValueError, match="inputs is not known: the network reads 9"):
         Encoder(SPEC, encoder.params, inputs=None)([good])
+
+
+def test_features_that_are_not_finite_are_an_error_and_not_a_result(encoder):
+    params = jax.tree.map(lambda x: x, encoder.params)
+    params["embedding"]["norm"]["bias"] = params["embedding"]["norm"]["bias"].at[0].set(np.nan)
+    with pytest.raises(FloatingPointError, match="features are not finite"):
+        encoder.with_params(params)([make_cloud(0)])
 
 
 def test_chunks_cover_a_cloud_once_and_hold_whole_cells():

@@ -291,6 +291,28 @@ def test_results_of_other_settings_are_not_mixed(run, scans, tmp_path):
     assert code == 1 and "infer.json: not what this command writes" in error
 
 
+def test_results_of_other_weights_are_not_mixed(run, scans, tmp_path):
+    assert run(f"--input={scans / 'a.ply'}")[0] == 0
+    record = tmp_path / "out" / "infer.json"
+    content = json.loads(record.read_text())
+    assert len(content["weights"]) == 64
+    record.write_text(json.dumps(content | {"weights": "0" * 64}))  # as if it had trained on
+    code, _, error = run(f"--input={scans / 'more'}")
+    assert code == 1 and "results of other weights" in error
+    assert run(f"--input={scans / 'more'}", "--overwrite")[0] == 0
+
+
+def test_an_output_that_cannot_be_made_is_told_before_the_network_is_loaded(run, scans, tmp_path):
+    (tmp_path / "file").touch()
+    code, _, error = run(f"--input={scans}", output="file/out")
+    assert code == 1 and error.startswith("error: --output=") and "cannot be made" in error
+
+
+def test_a_misspelt_flag_is_named_though_a_needed_one_is_missing(capsys):
+    code = command.run(infer.main, ["infer", "--imput=a", "--checkpoint=b", "--output=c"], "")
+    assert code == 1 and "--imput=a; did you mean --input?" in capsys.readouterr().err
+
+
 def test_an_input_of_the_same_name_is_not_taken_for_done(run, scans):
     assert run(f"--input={scans / 'a.ply'}")[0] == 0
     code, _, error = run(f"--input={scans / 'a.npz'}")

@@ -31,13 +31,23 @@ class Prepared:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether a file is an NPZ with `grid_coord` and `feat`; False for what is not an NPZ."""
+    """Whether a file is an NPZ with `grid_coord` and `feat`; False for what is not an NPZ.
+
+    Raises:
+        SceneError: one of the two without the other.
+    """
     if path.suffix.lower() != ".npz" or not path.is_file():
         return False
     try:
-        return {"grid_coord", "feat"} <= set(npz_names(path))
+        names = set(npz_names(path))
     except SceneError:
         return False  # whoever reads it says what is wrong
+    if len(names & {"grid_coord", "feat"}) == 1:
+        raise SceneError(
+            f"{path}: has {', '.join(sorted(names))}; a prepared cloud needs both grid_coord and "
+            "feat, any other has neither"
+        )
+    return {"grid_coord", "feat"} <= names
 
 
 def read_prepared(path: Path) -> Prepared:

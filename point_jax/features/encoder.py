@@ -62,10 +62,12 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.inputs is not None and (
-            3 * len(self.inputs) != self.spec.inputs or not set(self.inputs) <= set(INPUTS)
+            3 * len(set(self.inputs) & set(INPUTS)) != self.spec.inputs
+            or len(set(self.inputs)) != len(self.inputs)
         ):
             raise ValueError(f"inputs={self.inputs}: {self._which_inputs()}")
-        if self.grid_size <= 0 or self.scale <= 0 or self.max_voxels < 1 or self.margin < 0:
+        positive = all(0 < x < float("inf") for x in (self.grid_size, self.scale))
+        if not positive or self.max_voxels < 1 or self.margin < 0:
             raise ValueError(
                 "grid_size, scale and max_voxels must be positive and margin at least 0, got "
                 f"{self.grid_size}, {self.scale}, {self.max_voxels}, {self.margin}"
@@ -97,6 +99,7 @@ class Encoder:
         Raises:
           SceneError: a cloud that cannot be used, and why.
           ValueError: `inputs` is None.
+          FloatingPointError: features that are not finite.
         """
         return list(self.stream(clouds))
 
@@ -204,6 +207,10 @@ class Encoder:
                 for full, part in ((encoded, out.levels), (decoded, out.decoded)):
                     if i < len(full):
                         full[i][at[own]] = np.asarray(part[i][:rows], np.float32)[own]
+        if not all(np.isfinite(features).all() for features in (*encoded, *decoded)):
+            raise FloatingPointError(
+                "features are not finite: weights that are not, or too large for the dtype"
+            )
         return PointFeatures(
             cloud.points, cloud.inverse, grids, parents, tuple(encoded), tuple(decoded)
         )

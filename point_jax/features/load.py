@@ -42,6 +42,8 @@ def load(
       ValueError: an option that does not fit the network.
     """
     path = Path(path)
+    if tree not in ("teacher", "student"):
+        raise ValueError(f"tree is {tree!r}; expected teacher or student")
     if is_workdir(path):
         weights = read_workdir(path)
     elif (path / MANIFEST).is_file():
@@ -58,10 +60,11 @@ def load(
     spec = spec_of(weights.config, weights.variant, dtype)
     if inputs is None and spec.inputs == 3 * len(INPUTS):
         inputs = INPUTS
+    trained_with = weights.source.get("grid_size") or GRID_SIZE[weights.variant]
     return Encoder(
         spec,
         jax.tree.map(jnp.asarray, params["backbone"]),
-        grid_size=grid_size or weights.source.get("grid_size") or GRID_SIZE[weights.variant],
+        grid_size=trained_with if grid_size is None else grid_size,
         inputs=inputs,
         **options,
     )

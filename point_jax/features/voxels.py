@@ -5,6 +5,7 @@ lowest point at z = 0, sample a grid, and give every voxel one of its points. Th
 at random; here it is the first, so that the same cloud always gives the same features.
 """
 
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,7 +47,8 @@ def as_scene(cloud: Cloud, name: str) -> Scene:
     Args:
       cloud: a `Scene`; an array (n, 3) of metres; or a mapping with `coord` (n, 3) metres and
         optionally `color` (n, 3) whole numbers 0 to 255 and `normal` (n, 3) of unit length or zero.
-        Other entries are not looked at. Coordinates keep their dtype.
+        Other entries are not looked at, unless their names are nearly one of these. Coordinates
+        keep their dtype.
       name: what errors call it.
 
     Raises:
@@ -54,7 +56,12 @@ def as_scene(cloud: Cloud, name: str) -> Scene:
     """
     if isinstance(cloud, Scene):
         return cloud
+    if cloud is None:
+        raise SceneError(f"{name}: is None, expected a Scene, an array or a mapping")
     parts = dict(cloud) if isinstance(cloud, Mapping) else {"coord": cloud}
+    for key in parts.keys() - set(INPUTS):
+        if near := difflib.get_close_matches(str(key).lower(), INPUTS, 1, 0.8):
+            raise SceneError(f"{name}: has {key!r}; is it {near[0]!r}?")
     if parts.get("coord") is None:
         raise SceneError(f"{name}: has no 'coord', only {sorted(parts)}")
     coord = np.asarray(parts["coord"])

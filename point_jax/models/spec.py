@@ -23,7 +23,7 @@ NETWORK_LIMITS = {
     "inputs": limits.whole(1),
     "mlp_ratio": limits.number(above=0),
     "drop_path": limits.number(0, below=1),
-    "layer_scale": limits.either(limits.NOTHING, limits.number(above=0)),
+    "layer_scale": limits.either(limits.NOTHING, limits.number(0)),
 }
 
 
