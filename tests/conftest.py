@@ -28,7 +28,7 @@ class DeviceTest(pytest.Item):
     count: int
 
     def runtest(self) -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "--no-header", self.nodeid]
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-rs", "--no-header", self.nodeid]
         env = os.environ | {
             IN_CHILD: str(self.count),
             "JAX_NUM_CPU_DEVICES": str(self.count),
