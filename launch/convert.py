@@ -22,7 +22,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -39,18 +39,13 @@ FORMATS = ("checkpoint", "pth", "safetensors", "pointcept")
 TREE = "teacher"  # whose encoder a release of a pretraining gets, unless --tree says
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command line.
 
     Raises:
       ConfigError: a flag that does not exist, or a missing one.
     """
-    parser = _Parser("launch.convert", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.convert", add_help=False, allow_abbrev=False)
     parser.add_argument("--input", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--to", choices=FORMATS)
@@ -104,18 +99,18 @@ def write(path: Path, to: str, weights: Weights) -> list[str]:
     if to == "checkpoint":
         save_weights(path, weights)
         return []
-    remarks = []
-    if size := weights.source.get("grid_size"):
-        remarks.append(f"voxels of {size} m: this format does not say so, keep it in mind")
+    size = weights.source.get("grid_size")
+    unsaid = [f"voxels of {size} m: this format does not say so, keep it in mind"] if size else []
     if to == "pointcept":
         write_pth(path, to_pointcept(weights))
         return [
-            *remarks,
             "Pointcept starts from this file (weight=FILE); without an optimizer's state it does "
             "not resume (resume=True)",
+            *unsaid,
         ]
+    remarks = []
     if weights.kind in ("pretraining", "segmentor"):
-        remarks += [
+        remarks = [
             f"took the {TREE}'s encoder (--tree={TREES[0]} takes the other); the heads are left out"
             if weights.kind == "pretraining"
             else "took the network without its head (--to=pointcept keeps it)"
@@ -126,7 +121,7 @@ def write(path: Path, to: str, weights: Weights) -> list[str]:
         write_pth(path, content)
     else:
         write_safetensors(path, content["config"], content["state_dict"])
-    return remarks
+    return remarks + unsaid
 
 
 def describe(weights: Weights) -> str:
