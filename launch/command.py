@@ -1,11 +1,13 @@
 """How every command ends: an exit code, and for errors one line on stderr."""
 
+import argparse
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
@@ -19,6 +21,14 @@ FOR_THE_USER = (
     *(ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped),
     FloatingPointError,
 )
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises a ConfigError where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse for whatever is wrong with the command line."""
+        raise ConfigError(message)
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | None) -> int:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from launch import command
 from point_jax.data.arrays import ReadOptions
 from point_jax.data.checks import UNITS
 from point_jax.data.readers import KIND, find_clouds
@@ -56,11 +57,6 @@ class Job:
     files: dict[str, Path]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse(argv: Sequence[str]) -> Options:
     """The command line.
 
@@ -68,7 +64,7 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag that does not exist (with the nearest name), a missing one, or a value
             that cannot be.
     """
-    parser = _Parser("launch.infer", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.infer", add_help=False, allow_abbrev=False)
     add = parser.add_argument
     for flag in NEEDED:
         add(f"--{flag}", type=Path)

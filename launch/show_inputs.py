@@ -1,11 +1,9 @@
 """What launch.show is given: the command line, and clouds with their features."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -127,11 +125,6 @@ def for_the_user() -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def parse(argv: Sequence[str], commands: Sequence[str]) -> Options:
     """The command line.
 
@@ -139,7 +132,7 @@ def parse(argv: Sequence[str], commands: Sequence[str]) -> Options:
         ConfigError: a flag that does not exist or does not belong to the command, a missing one,
             or a value that cannot be.
     """
-    parser = _Parser("launch.show", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.show", add_help=False, allow_abbrev=False)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--input", action="append", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)

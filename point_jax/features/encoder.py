@@ -169,23 +169,26 @@ class Encoder:
         plans = []
         for cloud in clouds:
             chunks = split(cloud.grid, levels, self.max_voxels, self.margin)
-            counts = [
-                tuple(map(len, _grids(cloud.grid[c.rows] - c.origin, levels)[0])) for c in chunks
-            ]
+            grids, parents = _grids(cloud.grid, levels)
+            counts = [tuple(map(len, grids))]  # of a cloud that is its only chunk
+            if len(chunks) > 1:
+                parts = (cloud.grid[chunk.rows] - chunk.origin for chunk in chunks)
+                counts = [tuple(map(len, _grids(part, levels)[0])) for part in parts]
             self._shapes.grow(counts)
-            plans.append((chunks, counts))
-        for cloud, (chunks, counts) in zip(clouds, plans, strict=True):
-            yield self._encode_one(cloud, chunks, counts, depth)
+            plans.append((chunks, counts, grids, parents))
+        for cloud, (chunks, counts, grids, parents) in zip(clouds, plans, strict=True):
+            yield self._encode_one(cloud, chunks, counts, grids, parents, depth)
 
     def _encode_one(
         self,
         cloud: Voxels,
         chunks: Sequence[Chunk],
         counts: Sequence[tuple[int, ...]],
+        grids: tuple[np.ndarray, ...],
+        parents: tuple[np.ndarray, ...],
         depth: np.ndarray | None,
     ) -> PointFeatures:
         spec, levels = self.spec, len(self.spec.encoder)
-        grids, parents = _grids(cloud.grid, levels)
         keys = [grid_key(grid) for grid in grids]
         encoded = [
             np.empty((len(g), s.channels), np.float32) for g, s in _pairs(grids, spec.encoder)
