@@ -124,17 +124,19 @@ def naive_attention(q, k, v, segment, bias=0.0):
     return jnp.einsum("phqk,phkd->phqd", jax.nn.softmax(jnp.where(same, scores, -1e30), -1), v)
 
 
-def test_attention_is_softmax_within_a_segment_of_a_patch():
+@pytest.mark.parametrize("clouds", [5, 250])
+def test_attention_is_softmax_within_a_segment_of_a_patch(clouds):
     layout = random_row(0, False)[0].patches[48]
     patches, width = layout.segment.shape
     used = (jnp.arange(patches) < layout.used)[:, None, None, None]
     assert int(layout.used) < patches
+    segment = jnp.where(layout.segment < 0, -1, layout.segment * (clouds // 5))
 
     def ours(q, k, v):
-        return patch_attention(q, k, v, layout.segment, layout.full, layout.used)
+        return patch_attention(clouds, q, k, v, segment, layout.used)
 
     def reference(q, k, v):
-        return jnp.where(used, naive_attention(q, k, v, layout.segment), 0)
+        return jnp.where(used, naive_attention(q, k, v, segment), 0)
 
     shape = patches, 2, width, 8
     assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape))
@@ -151,7 +153,7 @@ def test_relative_bias_is_read_by_the_clipped_voxel_difference_of_each_axis():
     assert (jnp.abs(apart) > bound).any()
 
     def ours(q, k, v, table):
-        return patch_attention(q, k, v, layout.segment, layout.full, layout.used, grid, table)
+        return patch_attention(5, q, k, v, layout.segment, layout.used, grid, table)
 
     def reference(q, k, v, table):
         index = jnp.clip(apart, -bound, bound) + bound

@@ -24,15 +24,13 @@ class PatchLayout:
       point_slot: (O, N) int32, the slot that a point owns; S for padding.
       point_borrowed: (O, N) int32, the slot that borrows the point; S for none.
       segment: (P, K) int32, the cloud in each slot; -1 where it is empty. The same for every order.
-      full: () int32, patches that one cloud fills; they come first.
-      used: () int32, patches in use; the rest come last.
+      used: () int32, patches in use, the first ones.
     """
 
     slot_point: jax.Array
     point_slot: jax.Array
     point_borrowed: jax.Array
     segment: jax.Array
-    full: jax.Array
     used: jax.Array
 
 
@@ -65,7 +63,7 @@ def build_patches(
     num_patches, width = patch_shape(capacity, clouds, patch_size)
     slots = num_patches * width
     size = jnp.diff(starts)
-    base, full, used = _place_clouds(size, width)
+    base, used = _place_clouds(size, width)
 
     position = jnp.arange(capacity, dtype=jnp.int32)
     valid = cloud < clouds
@@ -86,13 +84,12 @@ def build_patches(
         point_slot=own[inverses],
         point_borrowed=borrowed[inverses],
         segment=segment.reshape(num_patches, width),
-        full=full,
         used=used,
     )
 
 
-def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First slot of every cloud, long clouds first, then short; patches that are full; and used."""
+def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width
     padded = jnp.where(long, -(-size // width) * width, 0)
     long_base = jnp.cumsum(padded) - padded
@@ -104,5 +101,4 @@ def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array, ja
         return cursor + size, cursor
 
     end, short_base = jax.lax.scan(place, padded.sum(), (size, long))
-    full = padded.sum() // width
-    return jnp.where(long, long_base, short_base), full, -(-end // width)
+    return jnp.where(long, long_base, short_base), -(-end // width)

@@ -48,6 +48,7 @@ class Block(nnx.Module):
         )
         self.stage, self.rotary = stage, rotary
 
+    @jax.named_scope("projections")
     def __call__(
         self,
         x: jax.Array,
@@ -68,11 +69,17 @@ class Block(nnx.Module):
           keep: what drop path multiplies the two branches with, (N,) float32 or () each.
           coord: (N, 3) float32 metres, and motion of (G, 3): for rotary positions, else None.
         """
-        x = x + self.conv_norm(self.conv_linear(self.conv(seen, level)))
+        with jax.named_scope("convolution"):
+            near = self.conv(seen, level)
+        x = x + self.conv_norm(self.conv_linear(near))
         attended = self._attention(self.norm1(x), level, order, coord, motion)
         x = x + _branch(attended, self.scale1, keep[0])
-        return x + _branch(self.mlp(self.norm2(x)), self.scale2, keep[1])
+        normed = self.norm2(x)
+        with jax.named_scope("mlp"):
+            changed = self.mlp(normed)
+        return x + _branch(changed, self.scale2, keep[1])
 
+    @jax.named_scope("attention")
     def _attention(
         self,
         x: jax.Array,
@@ -85,8 +92,10 @@ class Block(nnx.Module):
         slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
         patches = len(layout.segment)
         slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
+        with jax.named_scope("projections"):
+            qkv = self.qkv(slots)
         q, k, v = rearrange(
-            self.qkv(slots), "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
+            qkv, "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
         )
         if self.rotary is not None:
             if coord is None or motion is None:
@@ -99,9 +108,12 @@ class Block(nnx.Module):
         if self.bias_table is not None:
             grid = take_rows(level.grid, slot_point).reshape(*layout.segment.shape, 3)
             table = self.bias_table[...]
-        mixed = patch_attention(q, k, v, layout.segment, layout.full, layout.used, grid, table)
+        clouds = len(level.starts) - 1
+        mixed = patch_attention(clouds, q, k, v, layout.segment, layout.used, grid, table)
         mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
-        return self.proj(from_slots(mixed, slot_point, point_slot))
+        mixed = from_slots(mixed, slot_point, point_slot)
+        with jax.named_scope("projections"):
+            return self.proj(mixed)
 
 
 def bias_bound(patch_size: int) -> int:
