@@ -35,16 +35,18 @@ def pad(x):
     return jnp.concatenate([x, jnp.zeros_like(x[:1])])
 
 
+@pytest.mark.parametrize("form", ["pair by pair", "side by side"])
 @pytest.mark.parametrize("duplicates", [False, True])
-def test_convolution_reads_the_representatives_around_and_itself(duplicates):
+def test_convolution_reads_the_representatives_around_and_itself(duplicates, form):
     level = random_row(3, duplicates)[0]
+    pairs = level.pairs if form == "pair by pair" else None
 
     def reference(x, weight):
         out = jnp.einsum("tnc,tcf->nf", pad(x)[level.neighbours], weight)
         return out
 
     def ours(x, weight):
-        return submanifold_conv(x, weight, level.neighbours, level.voxel, level.count)
+        return submanifold_conv(x, weight, level.neighbours, level.voxel, level.count, pairs)
 
     assert_same(ours, reference, normal(0, 512, 6), normal(1, 27, 6, 5))
 
@@ -59,8 +61,21 @@ def test_convolution_of_a_single_voxel_is_the_centre_tap():
 def test_convolution_skips_blocks_of_padding_even_with_nan():
     level = random_row(3, False)[0]
     x = jnp.where(level.valid[:, None], normal(0, 512, 6), jnp.nan)
-    out = submanifold_conv(x, normal(1, 27, 6, 5), level.neighbours, level.voxel, level.count)
-    assert bool(jnp.isfinite(out).all())
+    for pairs in (level.pairs, None):
+        out = submanifold_conv(
+            x, normal(1, 27, 6, 5), level.neighbours, level.voxel, level.count, pairs
+        )
+        assert bool(jnp.isfinite(out).all())
+
+
+def test_pairs_are_the_entries_of_the_table():
+    level = random_row(3, True)[0]
+    for tap, table in enumerate(np.asarray(level.neighbours)):
+        count = int(level.pairs.counts[tap])
+        rows = np.flatnonzero(table < 512)
+        np.testing.assert_array_equal(level.pairs.rows[tap, :count], rows)
+        np.testing.assert_array_equal(level.pairs.reads[tap, :count], table[rows])
+        assert count == len(rows)
 
 
 @pytest.mark.parametrize("order", [0, 1])

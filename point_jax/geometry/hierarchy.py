@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from point_jax.geometry.curves import CURVES, Curve, curve_depth, encode, z_code
 from point_jax.geometry.neighbours import refine_neighbours, search_neighbours, sort_key
+from point_jax.geometry.pairs import Pairs, find_pairs
 from point_jax.geometry.patches import PatchLayout, build_patches
 
 MAX_CLOUDS = 255  # the cloud shares a 32-bit sort key with 24 bits of the code
@@ -66,7 +67,8 @@ class Level:
       first_child: (N + 1,) int32, where each cluster starts on the level before; zeros at level 0.
       neighbours: (T, N) int32, representative of the voxel at each tap, the row itself at the
         centre; N for none.
-      stem_neighbours: the same for the larger kernel of a stem; None where there is none.
+      pairs: the entries of `neighbours` that are not none.
+      stem_neighbours: a table for the larger kernel of a stem; None where there is none.
       voxel: (N,) int32, the row that represents the row's voxel: itself but for duplicates, which
         only level 0 has; N in padding.
       patches: by patch size K.
@@ -81,6 +83,7 @@ class Level:
     parent: jax.Array
     first_child: jax.Array
     neighbours: jax.Array
+    pairs: Pairs
     stem_neighbours: jax.Array | None
     voxel: jax.Array
     patches: dict[int, PatchLayout]
@@ -192,7 +195,9 @@ def build_hierarchy(
             size: build_patches(part["orders"], inverses, part["cloud"], starts, size)
             for size in sorted(set(spec.patch_sizes[level]))
         }
-        part |= dict(neighbours=neighbours, stem_neighbours=wide)
+        part |= dict(
+            neighbours=neighbours, pairs=find_pairs(neighbours), stem_neighbours=wide
+        )
         levels.append(Level(**part, starts=starts, patches=patches))
     return tuple(reversed(levels))
 

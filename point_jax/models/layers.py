@@ -61,7 +61,9 @@ class SubmanifoldConv(nnx.Module):
     def __call__(self, x: jax.Array, level: Level) -> jax.Array:
         """(N, C) -> (N, C), in `dtype`."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = submanifold_conv(x, kernel, level.neighbours, level.voxel, level.count)
+        out = submanifold_conv(
+            x, kernel, level.neighbours, level.voxel, level.count, level.pairs
+        )
         return out + self.bias[...].astype(self.dtype)[None]
 
 

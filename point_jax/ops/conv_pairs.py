@@ -1,0 +1,85 @@
+"""Submanifold convolution pair by pair: blocks of pairs of one tap meet that tap's matrix.
+
+A row has at most one neighbour at a tap, so a block adds to different rows. In the gradient, where
+rows of one voxel read the same representative, a block may add to a row several times: CPUs do so
+one after the other, always in the same order.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from point_jax.geometry.pairs import Pairs
+
+
+def _block_size(capacity: int, channels: int) -> int:
+    """Pairs a block: enough for a fast product, and not much padding in the last of a tap.
+
+    Measured on 2 cores: 128 pairs of 384 channels run at 140 GFLOP/s, 64 at 85; 256 of 192 are
+    best; narrow rows want blocks of 200,000 numbers to outweigh what a step of the loop costs.
+    """
+    wide = 128 if channels >= 256 else 256 if channels >= 128 else 196_608 // channels
+    fitting = -(-capacity // 2 // 32) * 32  # a tap has pairs for less than half of the rows
+    return max(32, min(wide, fitting))
+
+
+def _slots(pairs: Pairs, tap: jax.Array, block: jax.Array, size: int):
+    """Rows and neighbours (size,) of a block of a tap; beyond the row where there is no pair."""
+    capacity = pairs.rows.shape[1]
+    index = block * size + jnp.arange(size)
+    used = index < pairs.counts[tap]
+    index, beyond = jnp.minimum(index, capacity - 1), capacity + jnp.arange(size)
+    return tuple(
+        jnp.where(used, table.at[tap, index].get(mode="promise_in_bounds"), beyond)
+        for table in (pairs.rows, pairs.reads)
+    )
+
+
+def _read(x, rows):
+    return x.at[rows].get(mode="fill", fill_value=0)
+
+
+def _add(out, rows, values):
+    return out.at[rows].add(values, mode="drop")
+
+
+def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
+    """out[row] += x[read] @ weight[tap] over all pairs; (N, F), dtype of x, summed in float32."""
+    (taps, channels, filters), capacity = weight.shape, len(x)
+    size = _block_size(capacity, channels)
+    ends = jnp.cumsum(-(-pairs.counts // size))  # blocks up to and with each tap
+
+    def block(i, out):
+        tap = (ends <= i).sum()
+        first = jnp.where(tap > 0, ends[tap - 1], 0)
+        rows, reads = _slots(pairs, tap, i - first, size)
+        product = jnp.dot(_read(x, reads), weight[tap], preferred_element_type=jnp.float32)
+        return _add(out, rows, product)
+
+    out = jnp.zeros((capacity, filters), jnp.float32)
+    return jax.lax.fori_loop(0, ends[-1], block, out).astype(x.dtype)
+
+
+def gradients(
+    x: jax.Array, weight: jax.Array, pairs: Pairs, g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of x (N, C) and of the kernel (T, C, F), float32, for g (N, F)."""
+    (taps, channels, filters), capacity = weight.shape, len(x)
+    size = _block_size(capacity, channels)
+
+    def one_tap(tap, carry):
+        def block(i, carry):
+            grad, total = carry
+            rows, reads = _slots(pairs, tap, i, size)
+            slope = _read(g, rows)
+            back = jnp.dot(slope, weight[tap].T, preferred_element_type=jnp.float32)
+            product = jnp.dot(_read(x, reads).T, slope, preferred_element_type=jnp.float32)
+            return _add(grad, reads, back), total + product
+
+        grad, grad_weight = carry
+        none = jnp.zeros((channels, filters), jnp.float32)
+        blocks = -(-pairs.counts[tap] // size)
+        grad, total = jax.lax.fori_loop(0, blocks, block, (grad, none))
+        return grad, grad_weight.at[tap].set(total)
+
+    init = jnp.zeros((capacity, channels), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    return jax.lax.fori_loop(0, taps, one_tap, init)
