@@ -7,11 +7,13 @@ import pytest
 from test_hierarchy import random_row
 
 from point_jax.geometry.neighbours import TAPS
+from point_jax.geometry.patches import build_patches
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
 from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
 from point_jax.ops.pool import cluster_max, cluster_mean
 from point_jax.ops.rotary import rotate
+from point_jax.ops.rowwise import by_rows
 
 
 def normal(seed, *shape):
@@ -133,63 +135,124 @@ def test_mean_over_clusters():
     np.testing.assert_allclose(cluster_mean(x, coarse.first_child), reference(x), atol=1e-6)
 
 
-def naive_attention(q, k, v, segment, bias=0.0):
-    scores = jnp.einsum("phqd,phkd->phqk", q, k) * q.shape[-1] ** -0.5 + bias
+def naive_attention(qkv, segment, width, bias=0.0):
+    q, k, v = jnp.moveaxis(qkv.reshape(-1, width, *qkv.shape[1:]), 2, 0)
+    segment = segment.reshape(-1, width)
+    scores = jnp.einsum("pqhd,pkhd->phqk", q, k) * q.shape[-1] ** -0.5 + bias
     same = segment[:, None, :, None] == segment[:, None, None, :]
-    return jnp.einsum("phqk,phkd->phqd", jax.nn.softmax(jnp.where(same, scores, -1e30), -1), v)
+    weights = jax.nn.softmax(jnp.where(same, scores, -1e30), -1)
+    return jnp.einsum("phqk,pkhd->pqhd", weights, v).reshape(-1, *v.shape[2:])
+
+
+def in_use(layout):
+    return (jnp.arange(len(layout.segment)) < layout.used_slots)[:, None, None]
 
 
 @pytest.mark.parametrize("clouds", [5, 250])
 def test_attention_is_softmax_within_a_segment_of_a_patch(clouds):
     layout = random_row(0, False)[0].patches[48]
-    patches, width = layout.segment.shape
-    used = (jnp.arange(patches) < layout.used)[:, None, None, None]
-    assert int(layout.used) < patches
+    assert int(layout.used_slots) < len(layout.segment) and layout.narrow is None
     segment = jnp.where(layout.segment < 0, -1, layout.segment * (clouds // 5))
 
-    def ours(q, k, v):
-        return patch_attention(clouds, q, k, v, segment, layout.used)
+    def ours(qkv):
+        return patch_attention(clouds, 48, qkv, segment, None, layout.used)
 
-    def reference(q, k, v):
-        return jnp.where(used, naive_attention(q, k, v, segment), 0)
+    def reference(qkv):
+        return jnp.where(in_use(layout), naive_attention(qkv, segment, 48), 0)
 
-    shape = patches, 2, width, 8
-    assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape))
+    assert_same(ours, reference, normal(0, len(segment), 3, 2, 8))
+
+
+@pytest.mark.parametrize("longest", [12, 13])
+def test_a_row_of_short_clouds_has_narrow_patches(longest):
+    sizes = np.array([longest, 3, 0, 5, 12, 9])
+    cloud = np.full(64, len(sizes), np.int32)
+    cloud[: sizes.sum()] = np.repeat(np.arange(len(sizes)), sizes)
+    starts = jnp.asarray(np.append(0, np.cumsum(sizes)), jnp.int32)
+    order = jnp.arange(64, dtype=jnp.int32)[None]
+    layout = build_patches(order, order, jnp.asarray(cloud), starts, 48)
+    assert bool(layout.narrow) == (longest == 12)
+    width = 12 if longest == 12 else 48
+
+    def ours(qkv):
+        out = patch_attention(6, 48, qkv, layout.segment, layout.narrow, layout.used)
+        return jnp.where(layout.segment[:, None, None] >= 0, out, 0)
+
+    def reference(qkv):
+        # Whatever the patches: each cloud attends to itself alone.
+        out = naive_attention(qkv, layout.segment, len(layout.segment))
+        return jnp.where(layout.segment[:, None, None] >= 0, out, 0)
+
+    for patch in np.asarray(layout.segment).reshape(-1, width)[int(layout.used) :]:
+        assert (patch < 0).all()
+    assert sorted(layout.slot_point[0, : int(layout.used_slots)]) == sorted(
+        [*range(sizes.sum()), *[64] * (int(layout.used_slots) - sizes.sum())]
+    )
+    assert_same(ours, reference, normal(0, len(layout.segment), 3, 2, 8))
 
 
 def test_relative_bias_is_read_by_the_clipped_voxel_difference_of_each_axis():
     level = random_row(0, False)[0]
     layout = level.patches[48]
-    patches, width = layout.segment.shape
-    used = (jnp.arange(patches) < layout.used)[:, None, None, None]
-    grid = take_rows(level.grid, layout.slot_point[1]).reshape(patches, width, 3)
-    apart = grid[:, :, None] - grid[:, None]  # query minus key
+    grid = take_rows(level.grid, layout.slot_point[1])
+    at = grid.reshape(-1, 48, 3)
+    apart = at[:, :, None] - at[:, None]  # query minus key
     bound = 4
     assert (jnp.abs(apart) > bound).any()
 
-    def ours(q, k, v, table):
-        return patch_attention(5, q, k, v, layout.segment, layout.used, grid, table)
+    def ours(qkv, table):
+        return patch_attention(5, 48, qkv, layout.segment, None, layout.used, grid, table)
 
-    def reference(q, k, v, table):
+    def reference(qkv, table):
         index = jnp.clip(apart, -bound, bound) + bound
         bias = sum(table[axis][index[..., axis]] for axis in range(3)).transpose(0, 3, 1, 2)
-        return jnp.where(used, naive_attention(q, k, v, layout.segment, bias), 0)
+        return jnp.where(in_use(layout), naive_attention(qkv, layout.segment, 48, bias), 0)
 
-    shape = patches, 2, width, 8
     table = normal(3, 3, 2 * bound + 1, 2)
-    assert_same(ours, reference, normal(0, *shape), normal(1, *shape), normal(2, *shape), table)
+    assert_same(ours, reference, normal(0, len(layout.segment), 3, 2, 8), table)
 
 
 def test_rotated_scores_depend_on_relative_positions_alone():
-    q, k, coord = normal(0, 2, 3, 16, 12), normal(1, 2, 3, 16, 12), normal(2, 2, 16, 3)
+    qk, coord = normal(0, 16, 2, 3, 12), normal(2, 16, 3)
 
     def scores(coord):
-        return jnp.einsum("phqd,phkd->phqk", rotate(q, coord, 10.0), rotate(k, coord, 10.0))
+        q, k = jnp.moveaxis(rotate(qk, coord, 10.0), 1, 0)
+        return jnp.einsum("qhd,khd->hqk", q, k)
 
-    moved = coord + jnp.array([3.0, -2.0, 0.5])[None, None]
+    moved = coord + jnp.array([3.0, -2.0, 0.5])[None]
     np.testing.assert_allclose(scores(moved), scores(coord), atol=1e-4)
     assert np.abs(scores(2 * coord) - scores(coord)).max() > 0.1
-    lengths = [np.linalg.norm(x, axis=-1) for x in (rotate(q, coord, 10.0), q)]
+    lengths = [np.linalg.norm(x, axis=-1) for x in (rotate(qk, coord, 10.0), qk)]
     np.testing.assert_allclose(*lengths, rtol=1e-5)
     with pytest.raises(ValueError, match="multiple of 6, got 8"):
-        rotate(normal(0, 1, 1, 4, 8), coord[:1, :4], 10.0)
+        rotate(normal(0, 4, 1, 1, 8), coord[:4], 10.0)
+
+
+@pytest.mark.parametrize("count", [512, 130, 1])
+def test_rows_in_use_are_as_if_all_were_done_at_once(count):
+    params = normal(1, 6, 20), normal(2, 20, 5)
+
+    def mlp(params, x):
+        return jnp.tanh(x @ params[0]) @ params[1]
+
+    def used(y):
+        return jnp.where((jnp.arange(512) < count)[:, None], y, 0)
+
+    assert_same(
+        lambda a, b, x: used(by_rows(mlp, (a, b), x, jnp.int32(count))),
+        lambda a, b, x: used(mlp((a, b), x)),
+        *params,
+        normal(3, 512, 6),
+    )
+
+
+def test_rows_that_are_not_in_use_reach_no_gradient():
+    weight, x = normal(1, 6, 5), normal(0, 500, 6).at[200:].set(jnp.nan)
+
+    def total(weight, x):
+        y = by_rows(lambda weight, x: x @ weight, weight, x, jnp.int32(200))
+        return jnp.where((jnp.arange(500) < 200)[:, None], y, 0).sum()
+
+    of_weight, of_x = jax.grad(total, (0, 1))(weight, jnp.where(jnp.isnan(x), 7.0, x))
+    np.testing.assert_allclose(of_weight, jnp.tile(x[:200].sum(0)[:, None], (1, 5)), rtol=1e-4)
+    assert not of_x[200:].any()

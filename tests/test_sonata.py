@@ -22,7 +22,7 @@ from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
 from point_jax.training.optimizer import move_teacher
 
-CAPACITIES = {"global": (1024, 768, 512, 128, 64), "local": (640, 512, 256, 128, 64)}
+CAPACITIES, CLOUDS = (1024, 768, 512, 128, 64), 4
 
 
 def normal(seed, *shape):
@@ -38,7 +38,7 @@ def test_head_equals_the_original():
 
     def scores(params, x):
         directions = apply(params, method="directions") * lengths
-        return apply(params, x, method="embed") @ directions.T
+        return apply(params, x, jnp.int32(len(x)), method="embed") @ directions.T
 
     x, weight = jnp.asarray(arrays["head.x"]), arrays["head.R"]
     np.testing.assert_allclose(scores(params, x), arrays["head.y"], atol=2e-5)
@@ -178,13 +178,12 @@ class GoldenStep:
         offset = arrays[f"in.{points}_offset"]
         cloud = clouds_of(offset)
         grid = arrays[f"{side}.grid_coord"]
-        capacities = CAPACITIES[points]
-        spec = self.objective.spec.network.hierarchy(capacities, views)
+        spec = self.objective.spec.network.hierarchy(CAPACITIES, CLOUDS)
         # One depth for the whole batch, as the original has it.
         depth = np.array([curve_depth(jnp.int32(grid.max() >> level)) for level in range(5)])
-        depths = jnp.broadcast_to(jnp.asarray(depth)[:, None], (5, views))
+        depths = jnp.broadcast_to(jnp.asarray(depth)[:, None], (5, CLOUDS))
         mine = cloud // views == scene
-        pad = capacities[0] - mine.sum()
+        pad = CAPACITIES[0] - mine.sum()
 
         def rows(x):
             return jnp.asarray(np.concatenate([x[mine], np.zeros((pad, *x.shape[1:]), x.dtype)]))
@@ -195,7 +194,7 @@ class GoldenStep:
             rows(arrays[f"in.{points}_origin_coord"]),
             rows(arrays[f"in.{points}_feat"]),
             rows(cloud % views),
-            jnp.arange(capacities[0]) < mine.sum(),
+            jnp.arange(CAPACITIES[0]) < mine.sum(),
             rows(mask),
             spec,
             depths,
@@ -203,10 +202,13 @@ class GoldenStep:
 
     def _row(self, scene):
         mask, local = self.arrays["mask"], self.arrays["in.local_offset"][-1]
-        return jax.jit(self.objective.rows.assemble)(
-            self._views(scene, 2, "teacher_global", "global", np.zeros_like(mask)),
+        students = (
             self._views(scene, 2, "student_mask_global", "global", mask),
             self._views(scene, 4, "student_local", "local", np.zeros(local, bool)),
+        )
+        return jax.jit(self.objective.rows.assemble)(
+            self._views(scene, 2, "teacher_global", "global", np.zeros_like(mask)),
+            jax.tree.map(lambda *sides: jnp.stack(sides), *students),
             jax.random.key(0),
             jnp.float32(1),
         )
@@ -218,14 +220,13 @@ class GoldenStep:
         def step(student, teacher, rows):
             targets = objective.targets(teacher, rows, key, self.schedule)
 
-            def add(total, this):
-                row, target = this
+            def add(total, piece):
                 (value, (count, stats)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                    student, row, target, targets.shared, key, self.schedule
+                    student, piece, targets.shared, key, self.schedule
                 )
                 return total, (value, count, stats, grads)
 
-            parts = jax.lax.scan(add, None, (rows, targets.rows))[1]
+            parts = jax.lax.scan(add, None, targets.pieces)[1]
             total, count, stats, grads = jax.tree.map(lambda x: x.sum(0), parts)
             return total / 2, stats | {"count": count}, jax.tree.map(lambda g: g / 2, grads)
 
@@ -294,7 +295,7 @@ def test_views_without_a_match_can_be_left_out_of_the_mean():
     objective, rows = Sonata(spec), golden.rows
     views = objective._matched_views(rows, None)
     assert {name: float(v) for name, v in views.items()} == {"mask": 2, "roll": 2, "unmask": 4}
-    cloud = rows.masked.hierarchy[2].cloud
+    cloud = rows.students.hierarchy[2].cloud[:, 0]
     none = rows.teacher.origin.shape[1]
     matches = rows.matches | {"mask": jnp.where(cloud == 1, none, rows.matches["mask"])}
     views = objective._matched_views(rows._replace(matches=matches), None)
@@ -311,7 +312,7 @@ def test_a_step_with_duplicated_voxels_equals_the_original_under_its_rule(monkey
     """Taps before the centre add all rows of a voxel into the first row of the target voxel; those
     after it read the first row of the neighbour into every row; the centre reads its own row."""
 
-    def originals_conv(x, weight, neighbours, voxel, count):
+    def originals_conv(x, weight, neighbours, voxel, count, pairs):
         padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
         first = (voxel == jnp.arange(len(x)))[:, None]
         added = jnp.pad(jax.ops.segment_sum(x, voxel, len(x)), ((0, 1), (0, 0)))

@@ -72,7 +72,7 @@ class Encoder:
                 "grid_size, scale and max_voxels must be positive and margin at least 0, got "
                 f"{self.grid_size}, {self.scale}, {self.max_voxels}, {self.margin}"
             )
-        object.__setattr__(self, "_run", _compiled(self.spec))
+        object.__setattr__(self, "_run", row_function(self.spec))
 
     def _which_inputs(self) -> str:
         return (
@@ -250,18 +250,19 @@ def _pairs(grids: Sequence[np.ndarray], stages: Sequence[Any]) -> Iterator[tuple
     return zip(grids, stages, strict=False)  # a decoder has a stage less
 
 
-def _compiled(spec: PTv3Spec) -> Callable:
-    """The row function: jitted, compiled once for each tuple of capacities."""
+def row_function(spec: PTv3Spec) -> Callable:
+    """What runs on the device for a cloud: jitted, compiled once for each tuple of capacities."""
     _, apply = functional(lambda rngs: PTv3(spec, rngs=rngs))
 
     def run(params, grid, features, coord, mask, count, depth, capacities):
-        points = len(grid)
-        cloud = jnp.zeros(points, jnp.int32)
-        order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
-        depths = None if depth is None else depth[:, None]
-        hierarchy = build_hierarchy(
-            take_rows(grid, order), cloud, count, spec.hierarchy(capacities, clouds=1), depths
-        )
+        with jax.named_scope("geometry"):
+            points = len(grid)
+            cloud = jnp.zeros(points, jnp.int32)
+            order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
+            depths = None if depth is None else depth[:, None]
+            hierarchy = build_hierarchy(
+                take_rows(grid, order), cloud, count, spec.hierarchy(capacities, clouds=1), depths
+            )
         out = apply(
             params,
             take_rows(features, order),

@@ -195,9 +195,7 @@ def build_hierarchy(
             size: build_patches(part["orders"], inverses, part["cloud"], starts, size)
             for size in sorted(set(spec.patch_sizes[level]))
         }
-        part |= dict(
-            neighbours=neighbours, pairs=find_pairs(neighbours), stem_neighbours=wide
-        )
+        part |= dict(neighbours=neighbours, pairs=find_pairs(neighbours), stem_neighbours=wide)
         levels.append(Level(**part, starts=starts, patches=patches))
     return tuple(reversed(levels))
 

@@ -4,14 +4,20 @@ A cloud longer than K is cut into ceil(n / K) patches; its last patch borrows fr
 what it lacks, slot for slot, as the originals do. A cloud of at most K points attends to itself
 alone, so several of them share a patch under a segment mask.
 
+A cloud of at most K points has the same features in a patch of any width, so a row whose clouds all
+have at most K / 4 points is laid out in patches of that: at the coarse levels of a row of several
+views, scores would else be mostly between strangers.
+
 The layout depends only on the clouds' sizes; `PatchLayout` composes it with the orders, so that
 attention gathers straight from a row and back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+
+NARROW = 4  # how many narrow patches a patch makes
 
 
 @jax.tree_util.register_dataclass
@@ -23,15 +29,26 @@ class PatchLayout:
       slot_point: (O, S) int32, the point in each slot; N where the slot is empty.
       point_slot: (O, N) int32, the slot that a point owns; S for padding.
       point_borrowed: (O, N) int32, the slot that borrows the point; S for none.
-      segment: (P, K) int32, the cloud in each slot; -1 where it is empty. The same for every order.
+      segment: (S,) int32, the cloud in each slot; -1 where it is empty. The same for every order.
+      narrow: () bool, whether patches have K / 4 slots; None where they never do.
       used: () int32, patches in use, the first ones.
+      width: K, static.
     """
 
     slot_point: jax.Array
     point_slot: jax.Array
     point_borrowed: jax.Array
     segment: jax.Array
+    narrow: jax.Array | None
     used: jax.Array
+    width: int = field(metadata=dict(static=True))
+
+    @property
+    def used_slots(self) -> jax.Array:
+        """() int32, slots of the patches in use."""
+        if self.narrow is None:
+            return self.used * self.width
+        return self.used * jnp.where(self.narrow, self.width // NARROW, self.width)
 
 
 def patch_shape(capacity: int, clouds: int, patch_size: int) -> tuple[int, int]:
@@ -60,9 +77,15 @@ def build_patches(
       patch_size: K.
     """
     capacity, clouds = cloud.shape[0], starts.shape[0] - 1
-    num_patches, width = patch_shape(capacity, clouds, patch_size)
-    slots = num_patches * width
+    num_patches, wide = patch_shape(capacity, clouds, patch_size)
+    slots = num_patches * wide
     size = jnp.diff(starts)
+    narrow, width = None, jnp.int32(wide)
+    # Worth compiling where clouds may be short: not a lone one, nor views of many patches each.
+    if clouds > 1 and capacity < 2 * clouds * patch_size and wide % NARROW == 0:
+        _, needed = _place_clouds(size, jnp.int32(wide // NARROW))
+        narrow = (size.max() <= wide // NARROW) & (needed <= num_patches * NARROW)
+        width = jnp.where(narrow, wide // NARROW, wide)
     base, used = _place_clouds(size, width)
 
     position = jnp.arange(capacity, dtype=jnp.int32)
@@ -83,12 +106,14 @@ def build_patches(
         slot_point=jnp.take(orders, slot_position, axis=1, mode="fill", fill_value=capacity),
         point_slot=own[inverses],
         point_borrowed=borrowed[inverses],
-        segment=segment.reshape(num_patches, width),
+        segment=segment,
+        narrow=narrow,
         used=used,
+        width=wide,
     )
 
 
-def _place_clouds(size: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def _place_clouds(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width
     padded = jnp.where(long, -(-size // width) * width, 0)

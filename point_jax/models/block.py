@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from point_jax.geometry.hierarchy import Level
-from point_jax.models.layers import Mlp, SubmanifoldConv, layer_norm, linear, stack
+from point_jax.models.layers import Mlp, SubmanifoldConv, in_turn, layer_norm, linear, stack
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
-from point_jax.ops.attention import patch_attention
+from point_jax.ops.attention import SAVED, patch_attention
 from point_jax.ops.gather import from_slots, take_rows, to_slots
 from point_jax.ops.rotary import rotate
 
@@ -70,13 +71,12 @@ class Block(nnx.Module):
           coord: (N, 3) float32 metres, and motion of (G, 3): for rotary positions, else None.
         """
         with jax.named_scope("convolution"):
-            near = self.conv(seen, level)
-        x = x + self.conv_norm(self.conv_linear(near))
-        attended = self._attention(self.norm1(x), level, order, coord, motion)
+            near = checkpoint_name(self.conv(seen, level), "convolution_out")
+        x = x + in_turn([self.conv_linear, self.conv_norm], near, level.count)
+        attended = self._attention(x, level, order, coord, motion)
         x = x + _branch(attended, self.scale1, keep[0])
-        normed = self.norm2(x)
         with jax.named_scope("mlp"):
-            changed = self.mlp(normed)
+            changed = in_turn([self.norm2, self.mlp], x, level.count)
         return x + _branch(changed, self.scale2, keep[1])
 
     @jax.named_scope("attention")
@@ -90,30 +90,35 @@ class Block(nnx.Module):
     ) -> jax.Array:
         layout, heads = level.patches[self.stage.patch_size], self.stage.heads
         slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
-        patches = len(layout.segment)
         slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
         with jax.named_scope("projections"):
-            qkv = self.qkv(slots)
-        q, k, v = rearrange(
-            qkv, "(p k) (three h d) -> three p h k d", p=patches, three=3, h=heads
-        )
+            qkv = in_turn([self.norm1, self.qkv], slots, layout.used_slots)
+        qkv = rearrange(qkv, "s (three h d) -> s three h d", three=3, h=heads)
         if self.rotary is not None:
             if coord is None or motion is None:
                 raise ValueError("a network with rotary positions needs `coord`")
             cloud = jnp.maximum(layout.segment, 0)
-            at = take_rows(coord, slot_point).reshape(*cloud.shape, 3)
+            at = take_rows(coord, slot_point)
             at = (at + motion.shift[cloud]) * motion.scale[cloud]
-            q, k = rotate(q, at, self.rotary.base), rotate(k, at, self.rotary.base)
+            turned = rotate(qkv[:, :2], at, self.rotary.base)
+            qkv = jnp.concatenate([turned, qkv[:, 2:]], axis=1)
         grid = table = None
         if self.bias_table is not None:
-            grid = take_rows(level.grid, slot_point).reshape(*layout.segment.shape, 3)
-            table = self.bias_table[...]
-        clouds = len(level.starts) - 1
-        mixed = patch_attention(clouds, q, k, v, layout.segment, layout.used, grid, table)
-        mixed = rearrange(mixed, "p h k d -> (p k) (h d)")
+            grid, table = take_rows(level.grid, slot_point), self.bias_table[...]
+        mixed = patch_attention(
+            len(level.starts) - 1,
+            layout.width,
+            qkv,
+            layout.segment,
+            layout.narrow,
+            layout.used,
+            grid,
+            table,
+        )
+        mixed = rearrange(mixed, "s h d -> s (h d)")
         mixed = from_slots(mixed, slot_point, point_slot)
         with jax.named_scope("projections"):
-            return self.proj(mixed)
+            return in_turn([self.proj], mixed, level.count)
 
 
 def bias_bound(patch_size: int) -> int:
@@ -176,7 +181,8 @@ class Stage(nnx.Module):
             x = module(x, x if seen is None else seen, level, order, keep, coord, motion)
             return (x, None if seen is None else x), None
 
-        body = jax.checkpoint(block) if self.remat else block
+        policy = jax.checkpoint_policies.save_only_these_names("convolution_out", *SAVED)
+        body = jax.checkpoint(block, policy=policy) if self.remat else block
         return jax.lax.scan(body, (x, seen), (params, orders, keep, motion))[0][0]
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from point_jax.models.layers import Mlp
+from point_jax.models.layers import Mlp, in_turn
 
 
 def unit(x: jax.Array) -> jax.Array:
@@ -36,9 +36,9 @@ class OnlineCluster(nnx.Module):
         self.mlp = Mlp(inputs, hidden, embed, dtype, rngs=rngs)
         self.prototypes = nnx.Param(jnp.zeros((prototypes, embed)))
 
-    def embed(self, x: jax.Array) -> jax.Array:
-        """(N, inputs) -> (N, E) float32 of unit length."""
-        return unit(self.mlp(x))
+    def embed(self, x: jax.Array, count: jax.Array) -> jax.Array:
+        """(N, inputs) -> (N, E) float32 of unit length, for the first `count` rows."""
+        return unit(in_turn([self.mlp], x, count))
 
     def directions(self) -> jax.Array:
         """(Q, E) float32, prototypes of unit length."""

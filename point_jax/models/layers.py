@@ -1,6 +1,6 @@
 """Layers with the originals' initialisation and precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import nnx
 from point_jax.geometry.hierarchy import Level
 from point_jax.geometry.neighbours import TAPS, offsets
 from point_jax.ops.conv import submanifold_conv
+from point_jax.ops.rowwise import by_rows
 
 _zeros = nnx.initializers.zeros  # kernels get their random values in `functional`
 
@@ -61,9 +62,7 @@ class SubmanifoldConv(nnx.Module):
     def __call__(self, x: jax.Array, level: Level) -> jax.Array:
         """(N, C) -> (N, C), in `dtype`."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = submanifold_conv(
-            x, kernel, level.neighbours, level.voxel, level.count, level.pairs
-        )
+        out = submanifold_conv(x, kernel, level.neighbours, level.voxel, level.count, level.pairs)
         return out + self.bias[...].astype(self.dtype)[None]
 
 
@@ -94,6 +93,18 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(N, inputs) -> (N, outputs)."""
         return self.fc2(gelu(self.fc1(x)))
+
+
+def in_turn(modules: Sequence[nnx.Module], x: jax.Array, count: jax.Array) -> jax.Array:
+    """Modules that treat every row alone, one after the other: (N, C) -> (N, F), see `by_rows`."""
+    graphs, params = zip(*(nnx.split(module) for module in modules), strict=True)
+
+    def apply(params, x):
+        for graph, part in zip(graphs, params, strict=True):
+            x = nnx.merge(graph, part)(x)
+        return x
+
+    return by_rows(apply, params, x, count)
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int) -> nnx.Module:

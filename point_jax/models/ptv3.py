@@ -54,7 +54,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, x: jax.Array, level: Level, mask: jax.Array | None) -> jax.Array:
         """(N, inputs) -> (N, C); mask is (N,) bool."""
-        x = self.conv(x, level) if self.stem == "conv" else self.linear(x)
+        with jax.named_scope("convolution" if self.stem == "conv" else "projections"):
+            x = self.conv(x, level) if self.stem == "conv" else self.linear(x)
         x = gelu(self.norm(x))
         if mask is None:
             return x
@@ -150,24 +151,30 @@ class PTv3(nnx.Module):
             )
 
         x = jnp.where(hierarchy[0].valid[:, None], x, 0.0)
-        x = self.embedding(x, hierarchy[0], mask)
+        with jax.named_scope("projections"):
+            x = self.embedding(x, hierarchy[0], mask)
         levels: list[jax.Array] = []
         for i, level in enumerate(hierarchy):
             stage = self.enc[f"stage{i}"]
             if i:
-                x = stage.down(x, hierarchy[i - 1], level)
-            x = stage(x, level, turns[i], keys(i), coords[i])
+                with jax.named_scope("pooling"):
+                    x = stage.down(x, hierarchy[i - 1], level)
+            with jax.named_scope("blocks"):
+                x = stage(x, level, turns[i], keys(i), coords[i])
             levels.append(x)
 
         decoded: list[jax.Array] = []
         for i in reversed(range(len(self.spec.decoder))):
             stage = self.dec[f"stage{i}"]
-            x, skip = stage.up(x, levels[i], hierarchy[i], hierarchy[i + 1])
+            with jax.named_scope("pooling"):
+                x, skip = stage.up(x, levels[i], hierarchy[i], hierarchy[i + 1])
             seen = skip if self.spec.pooling == "serialized" else None
-            x = stage(x, hierarchy[i], turns[i], keys(len(hierarchy) + i), coords[i], seen)
+            with jax.named_scope("blocks"):
+                x = stage(x, hierarchy[i], turns[i], keys(len(hierarchy) + i), coords[i], seen)
             decoded.append(x)
         return Features(tuple(levels), tuple(reversed(decoded)))
 
+    @jax.named_scope("pooling")
     def _coords(self, coord: jax.Array | None, hierarchy: Hierarchy) -> Sequence[jax.Array | None]:
         """(N, 3) coordinates of every level; None where nothing rotates."""
         if self.spec.rotary is None:
@@ -196,6 +203,7 @@ def _turns(key: jax.Array | None, levels: int, orders: int) -> jax.Array:
     )
 
 
+@jax.named_scope("pooling")
 def up_cast(levels: tuple[jax.Array, ...], hierarchy: Hierarchy, times: int) -> jax.Array:
     """Features of the coarsest level carried `times` levels up, each joined to that level's own.
 

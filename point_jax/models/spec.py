@@ -88,7 +88,8 @@ class PTv3Spec:
       relative_bias: whether attention adds a learned bias by relative voxel position.
       rotary: rotary positions (PT-v3m3); None for none.
       dtype: of the arithmetic; parameters, norms, softmax and the residual stream are float32.
-      remat: whether the backward pass makes each block's activations again instead of keeping them.
+      remat: whether the backward pass makes each block's activations again instead of keeping them,
+        but for what convolution and attention return: they are most of the work.
     """
 
     encoder: tuple[StageSpec, ...]

@@ -1,7 +1,8 @@
 """What the trainer needs of an objective: four pure functions and the names of its metrics.
 
 A step makes rows from scenes, one a scene; then the targets of all rows of the global batch
-together; then differentiates the loss row by row and adds up. A device with several rows loops over
+together; then differentiates the loss piece by piece and adds up. A piece is a row or a part of
+one, whatever the objective needs at once; all have one shape. A device with several rows loops over
 them and never gets a longer one, so the same global batch gives the same numbers on every layout.
 """
 
@@ -21,12 +22,13 @@ class Targets(NamedTuple):
     """What the teacher asks for.
 
     Attributes:
-      rows: any pytree with the leading axis of the rows.
-      shared: any pytree, the same for all rows of the global batch.
+      pieces: what the loss is differentiated for, one after the other: any pytree with a leading
+        axis.
+      shared: any pytree, the same for all pieces of the global batch.
       stats: sums over this device's rows.
     """
 
-    rows: Any
+    pieces: Any
     shared: Any
     stats: Stats
 
@@ -54,13 +56,12 @@ class Objective(Protocol):
     def loss(
         self,
         student: Params,
-        row: Any,
-        target: Any,
+        piece: Any,
         shared: Any,
         key: jax.Array,
         schedule: Schedule,
     ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-        """(sum, (count, stats)) of one row; a batch's loss is its sums over its counts."""
+        """(sum, (count, stats)) of one piece; a batch's loss is its sums over its counts."""
         ...
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:

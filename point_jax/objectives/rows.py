@@ -1,8 +1,9 @@
 """Rows: scenes as views with masks, structure and matches, ready for the networks.
 
 The teacher's row holds the large views; the student's the same with blocks of points masked and
-jittered, and a second one the small views. Everything is integer structure or input features: no
-parameters, no gradients.
+jittered, and a second one the small views. The three have one shape, so that what makes them and
+the networks that read them are compiled once; padding costs next to nothing. Everything is integer
+structure or input features: no parameters, no gradients.
 """
 
 import math
@@ -28,6 +29,7 @@ from point_jax.ops.gather import take_rows
 from point_jax.ops.pool import cluster_mean
 
 LOSSES = ("mask", "roll", "unmask")
+SIDES = ("masked", "local")  # of the student
 
 
 class Views(NamedTuple):
@@ -55,16 +57,16 @@ class Row(NamedTuple):
     """A scene, ready for the networks.
 
     Attributes:
-      teacher, masked, local: the views that the teacher sees, the same masked, and the small ones.
+      teacher: the views that the teacher sees.
+      students: the same masked, and the small ones; leading axis as in `SIDES`.
       matches: for each loss the teacher's point (index on the heads' level) of every student's
-        point; the capacity A of the teacher's level for none.
+        point; the capacity A of the heads' level for none.
       key: of the row's drop path and moved rotary coordinates.
       scenes: () float32, 1; 0 if the scene is empty.
     """
 
     teacher: Views
-    masked: Views
-    local: Views
+    students: Views
     matches: dict[str, jax.Array]
     key: jax.Array
     scenes: jax.Array
@@ -81,21 +83,15 @@ class RowMaker:
     mask_jitter: float
     match_radius: float
 
-    def shape(self, views: int, capacity: int) -> HierarchySpec:
-        """The hierarchy of a row that holds some views of some capacity."""
-        slots = views * capacity
+    @property
+    def shape(self) -> HierarchySpec:
+        """Of every row: the large views fit and the small ones."""
+        spec = self.views
+        slots = max(
+            spec.global_count * spec.global_capacity, spec.local_count * spec.local_capacity
+        )
         capacities = tuple(max(16, math.ceil(slots * share / 8) * 8) for share in self.shares)
-        return self.network.hierarchy(capacities, views)
-
-    @property
-    def global_shape(self) -> HierarchySpec:
-        """Of the teacher's row and of the masked one."""
-        return self.shape(self.views.global_count, self.views.global_capacity)
-
-    @property
-    def local_shape(self) -> HierarchySpec:
-        """Of the row of small views."""
-        return self.shape(self.views.local_count, self.views.local_capacity)
+        return self.network.hierarchy(capacities, max(spec.global_count, spec.local_count))
 
     def make(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
         """Views, masks, structure and matches of a scene.
@@ -121,27 +117,27 @@ class RowMaker:
         jittered = jax.vmap(jitter_masked, (0, 0, 0, None))(
             large.coord, mask, noise, self.mask_jitter
         )
-        # The teacher's row and the masked one have one shape: a loop compiles it once.
-        sides = jax.lax.map(
-            lambda side: self._views(large, side[0], side[1], self.global_shape),
-            (jnp.stack([large.coord, jittered]), jnp.stack([jnp.zeros_like(mask), mask])),
+        no_mask, plain = jnp.zeros_like(mask), jnp.zeros(small.coord.shape[:2], bool)
+        sides = (
+            self._points(large, large.coord, no_mask),
+            self._points(large, jittered, mask),
+            self._points(small, small.coord, plain),
         )
+        sides = jax.tree.map(lambda *parts: jnp.stack(parts), *sides)
+        made = jax.lax.map(lambda side: self.arrange(**side, spec=self.shape), sides)
         row = self.assemble(
-            jax.tree.map(lambda x: x[0], sides),
-            jax.tree.map(lambda x: x[1], sides),
-            self._views(
-                small, small.coord, jnp.zeros(small.coord.shape[:2], bool), self.local_shape
-            ),
+            jax.tree.map(lambda x: x[0], made),
+            jax.tree.map(lambda x: x[1:], made),
             noise_key,
             (scene["count"] > 0).astype(jnp.float32),
         )
         return row, self._stats(row, scene, views.points, views.overflow)
 
-    def assemble(
-        self, teacher: Views, masked: Views, local: Views, key: jax.Array, scenes: jax.Array
-    ) -> Row:
+    @jax.named_scope("geometry")
+    def assemble(self, teacher: Views, students: Views, key: jax.Array, scenes: jax.Array) -> Row:
         """Matches the student's points to the teacher's and puts a row together."""
         level = -1 - self.up_cast
+        masked, local = (jax.tree.map(lambda x, i=i: x[i], students) for i in range(len(SIDES)))
         cloud = teacher.hierarchy[level].cloud
         views = self.views.global_count
         point = jnp.where(cloud < views, cloud, -2)
@@ -161,8 +157,9 @@ class RowMaker:
             "roll": match(masked, query_cloud, rolled),
             "unmask": match(local, local_query, major),
         }
-        return Row(teacher, masked, local, matches, key, scenes)
+        return Row(teacher, students, matches, key, scenes)
 
+    @jax.named_scope("geometry")
     def arrange(
         self,
         grid: jax.Array,
@@ -200,10 +197,9 @@ class RowMaker:
             origin = cluster_mean(origin, level.first_child)
         return Views(features, coord, mask, hierarchy, origin, overflow)
 
-    def _views(
-        self, views: ViewBatch, coord: jax.Array, mask: jax.Array, spec: HierarchySpec
-    ) -> Views:
-        """A row of views with the voxels of `coord` (V, N, 3) and the features of the views."""
+    def _points(self, views: ViewBatch, coord: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        """What `arrange` takes: the points of all views, one after the other, with the voxels of
+        `coord` (V, N, 3) and the features of the views, padded to the slots of a row."""
         count, capacity = coord.shape[:2]
         valid = jnp.arange(capacity)[None] < views.count[:, None]
         lowest = jnp.where(valid[..., None], coord, jnp.inf).min(1, keepdims=True)
@@ -211,26 +207,30 @@ class RowMaker:
         grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
         features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
         cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
-        grid, place, origin, features = (
-            x.reshape(count * capacity, *x.shape[2:]) for x in (grid, coord, views.origin, features)
-        )
-        cloud, valid, mask = (x.reshape(-1) for x in (cloud, valid, mask))
-        return self.arrange(grid, place, origin, features, cloud, valid, mask, spec)
+        rest = max(0, self.shape.capacities[0] - count * capacity)
+
+        def flat(x: jax.Array) -> jax.Array:
+            x = x.reshape(count * capacity, *x.shape[2:])
+            return jnp.pad(x, ((0, rest),) + ((0, 0),) * (x.ndim - 1))
+
+        points = dict(grid=grid, coord=coord, origin=views.origin, features=features)
+        return jax.tree.map(flat, points | dict(cloud=cloud, valid=valid, mask=mask))
 
     def _stats(self, row: Row, scene: Scene, points: jax.Array, overflow) -> Stats:
-        sides = (row.teacher, row.masked, row.local)
+        sides = (row.teacher, *(student(row, side) for side in SIDES))
         used = sum(side.hierarchy[0].count for side in sides)
         slots = sum(len(side.hierarchy[0].cloud) for side in sides)
         students = [student_level(row, name, self.up_cast).count for name in LOSSES]
         lost = [side.dropped for side in sides]
         lost += [level.overflow for side in sides for level in side.hierarchy]
-        first = row.masked.hierarchy[0]
+        masked = student(row, "masked")
+        first = masked.hierarchy[0]
         stats = {
             "points": points,
             "empty_scenes": 1.0 - row.scenes,
             "cut": scene.get("cut", jnp.zeros(())),
             "padding": row.scenes * (1.0 - used / slots),
-            "masked": (row.masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
+            "masked": (masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
             "student_points": sum(students),
             "overflow_grid": overflow["grid"],
             "overflow_elastic": overflow["elastic"],
@@ -239,14 +239,19 @@ class RowMaker:
         return {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
 
 
+def student(row: Row, side: str) -> Views:
+    """One of the student's two sides."""
+    return jax.tree.map(lambda x: x[SIDES.index(side)], row.students)
+
+
 def student_level(row: Row, name: str, up_cast: int) -> Level:
     """The level on which a loss compares the student's points."""
-    side = row.local if name == "unmask" else row.masked
+    side = student(row, "local" if name == "unmask" else "masked")
     return side.hierarchy[-1 - up_cast]
 
 
-def matched_per_view(row: Row, name: str, level: Level) -> jax.Array:
-    """(V,) float32: points of each of the student's views that have a match for a loss."""
-    found = row.matches[name] < len(row.teacher.origin)
+def matched_per_view(match: jax.Array, level: Level) -> jax.Array:
+    """(V,) float32: points of each of the student's views that have a match."""
+    found = match < len(match)
     views = len(level.starts) - 1
     return jax.ops.segment_sum(found.astype(jnp.float32), level.cloud, views)

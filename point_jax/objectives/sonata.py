@@ -9,14 +9,14 @@ the global batch keeps the prototypes evenly used.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from point_jax import limits
 from point_jax.data.views import ViewSpec
-from point_jax.geometry.hierarchy import Level
 from point_jax.models.functional import Params, functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.models.ptv3 import PTv3, up_cast
@@ -31,9 +31,10 @@ from point_jax.objectives.rows import (
     student_level,
 )
 from point_jax.ops.gather import take_rows
-from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
+from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
 
 SINKHORN_STEPS = 3
+HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
 
 SONATA_LIMITS = {
     "shares": limits.each(limits.number(above=0, most=1)),
@@ -102,6 +103,28 @@ class SonataSpec:
         return RowMaker(**{name: getattr(self, name) for name in names})
 
 
+class Piece(NamedTuple):
+    """One side of a row's student, with the losses that are compared on it.
+
+    Attributes:
+      views: what the student sees.
+      side: () int32, place in `SIDES`.
+      losses: (2,) int32, places in `LOSSES`; len(LOSSES) for none.
+      matches: (2, A) int32, the teacher's point of every student's point, for each loss.
+      teacher: (A, E) float32, the teacher's embeddings by the head that the losses use.
+      key: of the student's drop path and moved rotary coordinates.
+      scenes: () float32, 1 for the first side of a scene that is not empty, else 0.
+    """
+
+    views: Views
+    side: jax.Array
+    losses: jax.Array
+    matches: jax.Array
+    teacher: jax.Array
+    key: jax.Array
+    scenes: jax.Array
+
+
 class Sonata:
     """The objective's functions; see `interface.Objective`. Immutable."""
 
@@ -121,9 +144,7 @@ class Sonata:
         """Parameters of the student: backbone, mask_head, unmask_head."""
         keys = jax.random.split(key, 5)
         params = {"backbone": self._init_backbone(keys[0])}
-        for name, head_key, key in zip(
-            ("mask_head", "unmask_head"), keys[1:3], keys[3:], strict=True
-        ):
+        for name, head_key, key in zip(HEADS, keys[1:3], keys[3:], strict=True):
             head = self._init_head(head_key)
             prototypes = start_prototypes(key, head["prototypes"].shape)
             params[name] = head | {"prototypes": prototypes}
@@ -133,6 +154,7 @@ class Sonata:
         """Views, masks, structure and matches of a scene; see `RowMaker.make`."""
         return self.rows.make(scene, key, schedule)
 
+    @jax.named_scope("losses")
     def targets(
         self,
         teacher: Params,
@@ -161,8 +183,7 @@ class Sonata:
                 "feature_sum": used.sum(0),
                 "feature_square": (used * used).sum(0),
             }
-            heads = ("mask_head", "unmask_head")
-            return {head: self._embed(teacher[head], x) for head in heads}, stats
+            return {head: self._embed(teacher[head], x, level.count) for head in HEADS}, stats
 
         embeddings, stats = jax.lax.map(embed, rows.teacher)
         directions = {head: self._directions(teacher[head]) for head in embeddings}
@@ -171,11 +192,35 @@ class Sonata:
             for name in LOSSES
         }
         views = self._matched_views(rows, axis)
+        # One entry more: the loss that there is none of.
+        shared = {
+            "directions": jnp.stack([directions[head] for head in HEADS]),
+            "scales": jnp.stack([*scales.values(), jnp.zeros(self.spec.prototypes)]),
+            "views": jnp.stack([*views.values(), jnp.ones(())]),
+        }
         stats = jax.tree.map(lambda x: x.sum(0), stats)
-        return Targets(
-            embeddings, {"directions": directions, "scales": scales, "views": views}, stats
-        )
+        return Targets(self._pieces(rows, embeddings), shared, stats)
 
+    def _pieces(self, rows: Row, embeddings: dict[str, jax.Array]) -> Piece:
+        """Both sides of every row, row after row; leading axis 2 R."""
+        none = len(LOSSES)
+        matches = [
+            *rows.matches.values(),
+            jnp.full_like(rows.matches["mask"], rows.matches["mask"].shape[1]),
+        ]
+        scenes = len(rows.scenes)
+        pieces = Piece(
+            views=rows.students,
+            side=jnp.broadcast_to(jnp.arange(2), (scenes, 2)),
+            losses=jnp.broadcast_to(jnp.array([[0, 1], [2, none]]), (scenes, 2, 2)),
+            matches=jnp.stack(matches, axis=1).reshape(scenes, 2, 2, -1),
+            teacher=jnp.stack([embeddings[head] for head in HEADS], axis=1),
+            key=jax.vmap(jax.random.split)(rows.key),
+            scenes=rows.scenes[:, None] * jnp.array([[1.0, 0.0]]),
+        )
+        return jax.tree.map(lambda x: x.reshape(2 * scenes, *x.shape[2:]), pieces)
+
+    @jax.named_scope("losses")
     def _sinkhorn(self, embeddings, directions, rows, name, schedule, axis) -> jax.Array:
         """(Q,) log scales of a loss's prototypes after three rounds over the global batch.
 
@@ -213,6 +258,7 @@ class Sonata:
             scale = one_round(scale)
         return scale
 
+    @jax.named_scope("losses")
     def _matched_views(self, rows: Row, axis: str | None) -> dict[str, jax.Array]:
         """How many views divide each loss, per scene of the global batch: () float32 each."""
         views = self.spec.views
@@ -224,65 +270,72 @@ class Sonata:
         if not self.spec.matched_views_only:
             return {name: jnp.float32(number) for name, number in fixed.items()}
         scenes = _psum(rows.scenes.sum(), axis)
-        matched = {
-            name: jax.vmap(lambda row, name=name: (self._matched(row, name)[0] > 0).sum())(rows)
-            for name in LOSSES
-        }
+
+        def number(row: Row, name: str) -> jax.Array:
+            level = student_level(row, name, self.spec.up_cast)
+            return (matched_per_view(row.matches[name], level) > 0).sum()
+
+        matched = {name: jax.vmap(partial(number, name=name))(rows) for name in LOSSES}
         matched = {name: _psum(n.sum().astype(jnp.float32), axis) for name, n in matched.items()}
         return {name: jnp.maximum(n, 1.0) / jnp.maximum(scenes, 1.0) for name, n in matched.items()}
 
+    @jax.named_scope("losses")
     def loss(
         self,
         student: Params,
-        row: Row,
-        target: dict[str, jax.Array],
-        shared: dict[str, Any],
+        piece: Piece,
+        shared: dict[str, jax.Array],
         key: jax.Array,
         schedule: Schedule,
     ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-        """Weighted losses of a row, each the mean over its views of the mean over matched points.
+        """Weighted losses of a piece, each the mean over its views of the mean over matched points.
 
         Args:
           student: parameters; differentiated.
-          row, target, shared: of `prepare` and `targets`.
+          piece, shared: of `targets`.
           key: of this step, the same on all devices.
           schedule: `teacher_temp`, () float32.
 
         Returns:
-          (sum, (count, stats)): count is 1, or 0 for an empty scene.
+          (sum, (count, stats)): the counts of a row's pieces sum to 1, to 0 for an empty scene.
         """
-        masked_key, local_key = jax.random.split(row.key)
-        masked = self.features(
-            student["backbone"], row.masked, jax.random.fold_in(key, 1), masked_key
+        order_key = jax.random.fold_in(key, 1 + piece.side)
+        x = self.features(student["backbone"], piece.views, order_key, piece.key)
+        level = piece.views.hierarchy[-1 - self.spec.up_cast]
+        head = jax.tree.map(
+            lambda first, second: jnp.where(piece.side == 0, first, second),
+            *(student[head] for head in HEADS),
         )
-        local = self.features(student["backbone"], row.local, jax.random.fold_in(key, 2), local_key)
-        embeddings = {
-            "mask_head": self._embed(student["mask_head"], masked),
-            "unmask_head": self._embed(student["unmask_head"], local),
-        }
-        directions = {head: self._directions(student[head]) for head in embeddings}
-        total, stats = jnp.zeros(()), {}
-        for name, weight in zip(LOSSES, self.spec.weights, strict=True):
-            head, match = head_of(name), row.matches[name]
-            teacher = target[head]
+        embedding, directions = self._embed(head, x, level.count), self._directions(head)
+
+        def compare(this: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, Sums]:
+            loss, match = this
             points, sums = prototype_loss(
-                embeddings[head],
-                directions[head],
-                take_rows(teacher, match),
-                shared["directions"][head],
-                shared["scales"][name],
-                (match < len(teacher)).astype(jnp.float32),
-                student_level(row, name, self.spec.up_cast).count,
+                embedding,
+                directions,
+                take_rows(piece.teacher, match),
+                shared["directions"][piece.side],
+                shared["scales"][loss],
+                (match < len(match)).astype(jnp.float32),
+                jnp.where(loss < len(LOSSES), level.count, 0),
                 self.spec.student_temperature,
                 schedule["teacher_temp"],
             )
-            matched, level = self._matched(row, name)
+            matched = matched_per_view(match, level)
             per_view = jax.ops.segment_sum(points, level.cloud, len(matched))
-            value = (per_view / jnp.maximum(matched, 1)).sum() / shared["views"][name]
-            total += weight * value
-            stats[name] = {"loss": value, "matched": matched.sum(), "sums": sums}
-        stats = jax.lax.stop_gradient(stats | {"rows": row.scenes})
-        return total, (row.scenes, stats)
+            value = (per_view / jnp.maximum(matched, 1)).sum() / shared["views"][loss]
+            return value, matched.sum(), sums
+
+        values, matched, sums = jax.lax.map(compare, (piece.losses, piece.matches))
+        total = (jnp.array([*self.spec.weights, 0.0])[piece.losses] * values).sum()
+        mine = jax.nn.one_hot(piece.losses, len(LOSSES))  # (2, 3)
+        found = {"loss": values, "matched": matched, "sums": sums}
+        stats: Stats = {
+            name: jax.tree.map(lambda x, i=i: jnp.tensordot(mine[:, i], x, 1), found)
+            for i, name in enumerate(LOSSES)
+        }
+        stats = jax.lax.stop_gradient(stats | {"rows": piece.scenes})
+        return total, (piece.scenes, stats)
 
     def features(
         self,
@@ -304,6 +357,7 @@ class Sonata:
         )
         return up_cast(out.levels, views.hierarchy, self.spec.up_cast)
 
+    @jax.named_scope("losses")
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
         """Losses, and the health of the distillation.
 
@@ -337,13 +391,11 @@ class Sonata:
             out[name] = stats[name] / jnp.maximum(stats["rows"], 1.0)
         return out
 
-    def _matched(self, row: Row, name: str) -> tuple[jax.Array, Level]:
-        level = student_level(row, name, self.spec.up_cast)
-        return matched_per_view(row, name, level), level
+    @jax.named_scope("heads")
+    def _embed(self, head: Params, x: jax.Array, count: jax.Array) -> jax.Array:
+        return self._head(head, x, count, method="embed")
 
-    def _embed(self, head: Params, x: jax.Array) -> jax.Array:
-        return self._head(head, x, method="embed")
-
+    @jax.named_scope("heads")
     def _directions(self, head: Params) -> jax.Array:
         return self._head(head, method="directions")
 

@@ -16,17 +16,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from point_jax.geometry.patches import NARROW
 
 _NEVER = -1e30  # finite, so that no product with it is NaN
+SAVED = ("attention_out", "attention_lse")  # names of what the backward pass keeps
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def patch_attention(
     clouds: int,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    width: int,
+    qkv: jax.Array,
     segment: jax.Array,
+    narrow: jax.Array | None,
     used: jax.Array,
     grid: jax.Array | None = None,
     table: jax.Array | None = None,
@@ -35,22 +39,31 @@ def patch_attention(
 
     Args:
       clouds: G, static; segments are below it.
-      q, k, v: (P, H, K, D).
-      segment: (P, K) int32 from -1; a slot attends to the slots of its patch with the same number.
+      width: K, slots of a patch, static.
+      qkv: (S, 3, H, D), queries, keys and values of every slot, patch after patch.
+      segment: (S,) int32 from -1; a slot attends to the slots of its patch with the same number.
+      narrow: () bool, whether patches have K / 4 slots; None if they never do.
       used: () int32, patches in use, the first ones; the others give zeros.
-      grid: (P, K, 3) int32 voxels, for the relative position bias; None for no bias.
+      grid: (S, 3) int32 voxels, for the relative position bias; None for no bias.
       table: (3, R, H) float32, the bias: for each axis by the voxel of the query minus that of the
         key, clipped to what R = 2 bound + 1 entries hold; the three are added. Its gradient is a
         scatter-add, in an order that GPUs do not fix.
 
     Returns:
-      (P, H, K, D), dtype of v. Scores, softmax and sums are float32.
+      (S, H, D), dtype of qkv. Scores, softmax and sums are float32.
     """
-    return _forward(clouds, q, k, v, segment, used, grid, table)[0]
+    return _forward(clouds, width, qkv, segment, narrow, used, grid, table)[0]
+
+
+def _either(run, width, narrow):
+    """`run(width of a patch)` for the width that the patches have."""
+    if narrow is None:
+        return run(width)
+    return jax.lax.cond(narrow, lambda: run(width // NARROW), lambda: run(width))
 
 
 def _marks(segment, clouds, dtype):
-    """Columns for queries and keys (P, K, M) whose product is 0 in a segment and huge without.
+    """Columns for queries and keys (S, M) whose product is 0 in a segment and huge without.
 
     Adding them to q and k masks the scores inside the product, exactly: within a segment every
     added term is zero. A segment's number is written in digits, a column for each value of each
@@ -59,22 +72,32 @@ def _marks(segment, clouds, dtype):
     values = clouds + 1  # empty slots have -1
     base = values if values <= 16 else 4
     places = base ** np.arange(int(np.ceil(np.log(values) / np.log(base) - 1e-9)))
-    digits = ((segment + 1)[..., None] // places[None, None]) % base  # (P, K, digits)
-    same = digits[..., None] == np.arange(base)[None, None, None]
-    same = same.reshape(*segment.shape, -1)
+    digits = ((segment + 1)[:, None] // places[None]) % base  # (S, digits)
+    same = digits[..., None] == np.arange(base)[None, None]
+    same = same.reshape(len(segment), -1)
     return same.astype(dtype), jnp.where(same, 0, _NEVER).astype(dtype)
 
 
-def _marked(q, k, segment, clouds):
-    """A function of (p, h): queries, divided by sqrt(D), and keys (K, D + M), mask included."""
-    on, off = _marks(segment, clouds, q.dtype)
-    scale = q.shape[-1] ** -0.5
+def _read(array, patch, width, *index):
+    """Slots of a patch at an index of the next axes: (K, ...)."""
+    start = (patch * width, *index) + (0,) * (array.ndim - 1 - len(index))
+    size = (width,) + (1,) * len(index) + array.shape[1 + len(index) :]
+    return jax.lax.dynamic_slice(array, start, size).reshape(width, *size[1 + len(index) :])
 
-    def read(p, h):
-        queries = jnp.concatenate([q[p, h] * scale, on[p]], axis=1)
-        return queries, jnp.concatenate([k[p, h], off[p]], axis=1)
 
-    return read
+def _write(array, values, patch, *index):
+    """Puts (K, ...) where `_read` reads them."""
+    start = (patch * len(values), *index) + (0,) * (array.ndim - 1 - len(index))
+    shape = (len(values),) + (1,) * len(index) + array.shape[1 + len(index) :]
+    return jax.lax.dynamic_update_slice(array, values.reshape(shape).astype(array.dtype), start)
+
+
+def _operands(qkv, marks, p, h, width):
+    """Marked queries, divided by sqrt(D), and marked keys (K, D + M); plain q, k and v (K, D)."""
+    q, k, v = (_read(qkv, p, width, part, h) for part in range(3))
+    on, off = (_read(mark, p, width) for mark in marks)
+    queries = jnp.concatenate([q * q.shape[-1] ** -0.5, on], axis=1)
+    return queries, jnp.concatenate([k, off], axis=1), (q, k, v)
 
 
 def _product(a, b):
@@ -82,73 +105,84 @@ def _product(a, b):
     return jnp.dot(a, b.T, preferred_element_type=jnp.float32)
 
 
-def _bias_index(grid, table, p):
+def _bias_index(grid, table, p, width):
     """(3, K, K): the entry of the table that each query and key of a patch read for each axis."""
     bound = table.shape[1] // 2
-    at = grid[p].T  # (3, K)
+    at = _read(grid, p, width).T  # (3, K)
     return jnp.clip(at[:, :, None] - at[:, None], -bound, bound) + bound
 
 
-def _bias(grid, table, p, h):
+def _bias(grid, table, p, h, width):
     """(K, K) float32 bias of the scores of one patch and head; 0 without a table."""
     if table is None:
         return 0.0
-    index = _bias_index(grid, table, p)
+    index = _bias_index(grid, table, p, width)
     return sum(table[axis, :, h][index[axis]] for axis in range(3))
 
 
-def _forward(clouds, q, k, v, segment, used, grid, table):
-    heads, read = q.shape[1], _marked(q, k, segment, clouds)
+def _forward(clouds, width, qkv, segment, narrow, used, grid, table):
+    slots, _, heads, channels = qkv.shape
+    marks = _marks(segment, clouds, qkv.dtype)
 
-    def one(i, carry):
-        out, lse = carry
-        p, h = i // heads, i % heads
-        scores = _product(*read(p, h)) + _bias(grid, table, p, h)
-        top = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        mixed = jnp.dot(weights.astype(v.dtype), v[p, h], preferred_element_type=jnp.float32)
-        out = out.at[p, h].set((mixed / total).astype(out.dtype))
-        return out, lse.at[p, h].set((top + jnp.log(total))[:, 0])
+    def run(width):
+        def one(i, carry):
+            out, lse = carry
+            p, h = i // heads, i % heads
+            queries, keys, (_, _, v) = _operands(qkv, marks, p, h, width)
+            scores = _product(queries, keys) + _bias(grid, table, p, h, width)
+            top = scores.max(-1, keepdims=True)
+            weights = jnp.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            mixed = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            out = _write(out, mixed / total, p, h)
+            return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
 
-    init = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:3], jnp.float32)
-    return jax.lax.fori_loop(0, used * heads, one, init)
+        init = jnp.zeros((slots, heads, channels), qkv.dtype), jnp.zeros((slots, heads))
+        return jax.lax.fori_loop(0, used * heads, one, init)
+
+    return _either(run, width, narrow)
 
 
-def _fwd(clouds, q, k, v, segment, used, grid, table):
-    out, lse = _forward(clouds, q, k, v, segment, used, grid, table)
-    return out, (q, k, v, segment, used, grid, table, out, lse)
+def _fwd(clouds, width, qkv, segment, narrow, used, grid, table):
+    found = _forward(clouds, width, qkv, segment, narrow, used, grid, table)
+    out, lse = (checkpoint_name(x, name) for x, name in zip(found, SAVED, strict=True))
+    return out, (qkv, segment, narrow, used, grid, table, out, lse)
 
 
-def _bwd(clouds, saved, g):
-    q, k, v, segment, used, grid, table, out, lse = saved
-    heads, scale, read = q.shape[1], q.shape[-1] ** -0.5, _marked(q, k, segment, clouds)
+def _bwd(clouds, width, saved, g):
+    qkv, segment, narrow, used, grid, table, out, lse = saved
+    heads, scale = qkv.shape[2], qkv.shape[-1] ** -0.5
+    marks = _marks(segment, clouds, qkv.dtype)
     # sum over keys of weight x its gradient, by way of the output
     drop = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
-    def one(i, grads):
-        dq, dk, dv, dtable = grads
-        p, h = i // heads, i % heads
-        queries, keys = read(p, h)
-        bias = _bias(grid, table, p, h)
-        by_query = jnp.exp(_product(queries, keys) + bias - lse[p, h][:, None])
-        by_query *= _product(g[p, h], v[p, h]) - drop[p, h][:, None]
-        if dtable is not None:
-            axes = jnp.arange(3)[:, None, None]
-            dtable = dtable.at[axes, _bias_index(grid, table, p), h].add(by_query[None])
-        weights = jnp.exp(_product(keys, queries) + jnp.transpose(bias) - lse[p, h][None])
-        by_key = weights * (_product(v[p, h], g[p, h]) - drop[p, h][None])
-        return (
-            dq.at[p, h].set(scale * jnp.dot(by_query.astype(q.dtype), k[p, h])),
-            dk.at[p, h].set(scale * jnp.dot(by_key.astype(q.dtype), q[p, h])),
-            dv.at[p, h].set(jnp.dot(weights.astype(g.dtype), g[p, h])),
-            dtable,
-        )
+    def run(width):
+        def one(i, grads):
+            dqkv, dtable = grads
+            p, h = i // heads, i % heads
+            queries, keys, (q, k, v) = _operands(qkv, marks, p, h, width)
+            slope, total, fall = (_read(x, p, width, h) for x in (g, lse, drop))
+            bias = _bias(grid, table, p, h, width)
+            by_query = jnp.exp(_product(queries, keys) + bias - total[:, None])
+            by_query *= _product(slope, v) - fall[:, None]
+            if dtable is not None:
+                axes = jnp.arange(3)[:, None, None]
+                index = _bias_index(grid, table, p, width)
+                dtable = dtable.at[axes, index, h].add(by_query[None])
+            weights = jnp.exp(_product(keys, queries) + jnp.transpose(bias) - total[None])
+            by_key = weights * (_product(v, slope) - fall[None])
+            dq = scale * jnp.dot(by_query.astype(q.dtype), k)
+            dk = scale * jnp.dot(by_key.astype(q.dtype), q)
+            dv = jnp.dot(weights.astype(slope.dtype), slope)
+            for part, grad in enumerate((dq, dk, dv)):
+                dqkv = _write(dqkv, grad, p, part, h)
+            return dqkv, dtable
 
-    zero_table = None if table is None else jnp.zeros_like(table)
-    init = jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v), zero_table
-    dq, dk, dv, dtable = jax.lax.fori_loop(0, used * heads, one, init)
-    return dq, dk, dv, None, None, None, dtable
+        init = jnp.zeros_like(qkv), None if table is None else jnp.zeros_like(table)
+        return jax.lax.fori_loop(0, used * heads, one, init)
+
+    dqkv, dtable = _either(run, width, narrow)
+    return dqkv, None, None, None, None, dtable
 
 
 patch_attention.defvjp(_fwd, _bwd)

@@ -68,11 +68,11 @@ def _bwd(saved, g):
     g = jnp.where((voxel < len(x))[:, None], g, 0)
     side_by_side = partial(_gradients, x, weight, neighbours, voxel, count, g)
     if pairs is None:
-        grad, grad_weight = side_by_side()
+        grads = side_by_side()
     else:
         by_pairs = partial(conv_pairs.gradients, x, weight, pairs, g)
-        grad, grad_weight = jax.lax.platform_dependent(cpu=by_pairs, default=side_by_side)
-    return grad.astype(x.dtype), grad_weight.astype(weight.dtype), None, None, None, None
+        grads = jax.lax.platform_dependent(cpu=by_pairs, default=side_by_side)
+    return *grads, None, None, None, None
 
 
 submanifold_conv.defvjp(_fwd, _bwd)
@@ -87,7 +87,8 @@ def _gradients(x, weight, neighbours, voxel, count, g):
     mirrored = jnp.where((rows == voxel)[None], neighbours[::-1], len(x)).at[centre].set(len(x))
     transposed = jnp.swapaxes(weight, 1, 2)
     grad = _correlate(_sum_duplicates(g, voxel), transposed, mirrored, count)
-    return grad + g @ weight[centre].T, _correlate_weight(x, g, neighbours, count)
+    grad = (grad + g @ weight[centre].T).astype(x.dtype)
+    return grad, _correlate_weight(x, g, neighbours, count).astype(weight.dtype)
 
 
 def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ def _add(out, rows, values):
 
 def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
     """out[row] += x[read] @ weight[tap] over all pairs; (N, F), dtype of x, summed in float32."""
-    (taps, channels, filters), capacity = weight.shape, len(x)
+    (_, channels, filters), capacity = weight.shape, len(x)
     size = _block_size(capacity, channels)
     ends = jnp.cumsum(-(-pairs.counts // size))  # blocks up to and with each tap
 
@@ -62,7 +62,7 @@ def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
 def gradients(
     x: jax.Array, weight: jax.Array, pairs: Pairs, g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x (N, C) and of the kernel (T, C, F), float32, for g (N, F)."""
+    """Gradients of x (N, C) and of the kernel (T, C, F) for g (N, F), summed in float32."""
     (taps, channels, filters), capacity = weight.shape, len(x)
     size = _block_size(capacity, channels)
 
@@ -82,4 +82,5 @@ def gradients(
         return grad, grad_weight.at[tap].set(total)
 
     init = jnp.zeros((capacity, channels), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
-    return jax.lax.fori_loop(0, taps, one_tap, init)
+    grad, grad_weight = jax.lax.fori_loop(0, taps, one_tap, init)
+    return grad.astype(x.dtype), grad_weight.astype(weight.dtype)

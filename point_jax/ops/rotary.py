@@ -25,16 +25,16 @@ def rotate(x: jax.Array, coord: jax.Array, base: float) -> jax.Array:
     channel i and channel i + D / 6 make a pair.
 
     Args:
-      x: (P, H, K, D).
-      coord: (P, K, 3) float32, metres.
+      x: (S, J, H, D); J stands for queries and keys.
+      coord: (S, 3) float32, metres.
       base: of the frequencies.
 
     Returns:
-      (P, H, K, D), dtype of x; the rotation is float32.
+      (S, J, H, D), dtype of x; the rotation is float32.
     """
     turns = jnp.asarray(frequencies(x.shape[-1], base))
-    angle = coord[:, None, :, :, None] * turns[None, None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)  # (P, 1, K, 3, D / 6)
+    angle = coord[:, None, None, :, None] * turns[None, None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)  # (S, 1, 1, 3, D / 6)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 3, 2, angle.shape[-1])
     a, b = pairs[..., 0, :], pairs[..., 1, :]
     turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-2)

@@ -1,8 +1,8 @@
 """The training step: one jitted `shard_map` from scenes to new parameters.
 
 Each device makes the rows of its scenes, the teacher's targets are settled across devices
-(Sinkhorn's sums), the loss is differentiated row by row, and one sum over the mesh joins gradients
-and statistics.
+(Sinkhorn's sums), the loss is differentiated piece by piece, and one sum over the mesh joins
+gradients and statistics.
 """
 
 from collections.abc import Callable
@@ -53,19 +53,18 @@ def make_train_step(
         stats = jax.tree.map(lambda x: x.sum(0), stats)
         targets = objective.targets(teacher, rows, pass_key, schedule, AXIS)
 
-        def add_row(total, this):
-            row, target = this
+        def add_piece(total, piece):
             (_, (count, stats)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                student, row, target, targets.shared, pass_key, schedule
+                student, piece, targets.shared, pass_key, schedule
             )
             return jax.tree.map(jnp.add, total, (grads, count, stats)), None
 
-        row, target = jax.tree.map(lambda x: x[0], (rows, targets.rows))
+        piece = jax.tree.map(lambda x: x[0], targets.pieces)
         shapes = jax.eval_shape(
-            lambda: objective.loss(student, row, target, targets.shared, pass_key, schedule)[1]
+            lambda: objective.loss(student, piece, targets.shared, pass_key, schedule)[1]
         )
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, *shapes))
-        (grads, count, loss_stats), _ = jax.lax.scan(add_row, zeros, (rows, targets.rows))
+        (grads, count, loss_stats), _ = jax.lax.scan(add_piece, zeros, targets.pieces)
 
         sums = (grads, count, {**stats, **targets.stats, **loss_stats})
         grads, count, stats = jax.lax.psum(sums, AXIS)
@@ -75,6 +74,7 @@ def make_train_step(
         gradients, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(), P()), out_specs=P(), check_vma=False
     )
 
+    @jax.named_scope("optimizer")
     def step(
         state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array], key: jax.Array
     ):

@@ -1,0 +1,1 @@
+"""Speed and memory of the compiled programs: what `launch.benchmark` prints."""

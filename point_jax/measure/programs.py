@@ -1,0 +1,256 @@
+"""The programs that are measured: the encoder, a training step, and the making of their input."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from point_jax.data.views import make_views
+from point_jax.features.encoder import row_function
+from point_jax.features.shapes import Shapes
+from point_jax.geometry.hierarchy import build_hierarchy, sort_row
+from point_jax.measure.inputs import Input
+from point_jax.measure.work import (
+    Done,
+    LevelCount,
+    Work,
+    add,
+    count_level,
+    count_levels,
+    network_work,
+    sonata_work,
+)
+from point_jax.models.functional import Params, functional
+from point_jax.models.ptv3 import PTv3
+from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.ops.gather import take_rows
+from point_jax.training.config import Config
+from point_jax.training.mesh import data_mesh, put_batch, replicated
+from point_jax.training.schedules import sonata_schedule
+from point_jax.training.state import init_state
+from point_jax.training.step import make_train_step
+
+Levels = tuple[LevelCount, ...]
+
+
+def _no_work(calls: Sequence[int]) -> dict[str, Work]:
+    del calls
+    return {}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and what to call it with.
+
+    Attributes:
+      function: jitted.
+      arguments: arrays on the device, or None.
+      points: points that a call gets.
+      shapes: static sizes, for people.
+      static: what follows the arguments when it is lowered, not when it is called.
+      carries: whether the first argument of a call is the first result of the call before.
+      parameters: bytes of the network's parameters (the whole state in training).
+      work: operations of a call by part, the mean over the calls of these numbers (from 0).
+    """
+
+    function: Any
+    arguments: tuple[Any, ...]
+    points: int
+    shapes: str
+    static: tuple[Any, ...] = ()
+    carries: bool = False
+    parameters: int = 0
+    work: Callable[[Sequence[int]], dict[str, Work]] = field(default=_no_work)
+
+
+def row_capacities(grid: np.ndarray, levels: int) -> tuple[int, ...]:
+    """The slots of every level that an `Encoder` chooses for a single cloud of voxels (V, 3).
+
+    Raises:
+      ValueError: more voxels along an axis than a row may have.
+    """
+    if grid.max() >= 1 << 16:
+        raise ValueError(f"{grid.max() + 1:,} voxels along an axis; a row has at most {1 << 16:,}")
+    count = tuple(level.points for level in count_levels(grid, (0,) * levels))
+    shapes = Shapes()
+    shapes.grow([count])
+    return shapes.find(count)
+
+
+def forward(
+    spec: PTv3Spec, cloud: Input, conv: Done | None = None, attention: Done | None = None
+) -> Program:
+    """A cloud through the encoder, as `features.Encoder` runs it.
+
+    Args:
+      spec: the network.
+      cloud: its input.
+      conv, attention: operations that the program does, see `work.network_work`.
+    """
+    capacities = row_capacities(cloud.grid, len(spec.encoder))
+    init, _ = functional(lambda rngs: PTv3(spec, rngs=rngs))
+    params = jax.jit(init)(jax.random.key(0))
+    coord = cloud.features[:, :3] if spec.rotary else None
+    grid, features, coord, count = _padded((cloud.grid, cloud.features, coord), capacities[0])
+    return Program(
+        row_function(spec),
+        (params, grid, features, coord, None, count, None),
+        len(cloud.grid),
+        _slots(capacities),
+        static=(capacities,),
+        parameters=_bytes(params),
+        work=lambda _: network_work(spec, count_levels(cloud.grid, capacities), conv, attention),
+    )
+
+
+def geometry(spec: PTv3Spec, cloud: Input) -> Program:
+    """The integer structure of a cloud's row alone."""
+    capacities = row_capacities(cloud.grid, len(spec.encoder))
+    grid, count = _padded((cloud.grid,), capacities[0])
+
+    @jax.named_scope("geometry")
+    def build(grid, count):
+        points = len(grid)
+        cloud = jnp.zeros(points, jnp.int32)
+        order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
+        shape = spec.hierarchy(capacities, clouds=1)
+        return order, build_hierarchy(take_rows(grid, order), cloud, count, shape)
+
+    return Program(jax.jit(build), (grid, count), len(cloud.grid), _slots(capacities))
+
+
+def views(spec: SonataSpec, cloud: Input) -> Program:
+    """The views of one scene."""
+    scene = jax.device_put(_scene(cloud))
+
+    @jax.named_scope("views")
+    def make(scene, key):
+        return make_views(scene, key, spec.views)
+
+    arguments = scene, jax.random.key(0)
+    return Program(jax.jit(make), arguments, len(cloud.coord), _view_slots(spec))
+
+
+def train(
+    objective: Sonata,
+    config: Config,
+    batch: int,
+    cloud: Input,
+    conv: Done | None = None,
+    attention: Done | None = None,
+) -> Program:
+    """The training step as the loop runs it, on all devices, in the middle of the run.
+
+    Args:
+      objective: of the config.
+      config: the whole config.
+      batch: scenes over all devices.
+      cloud: every scene of the batch; their views differ.
+      conv, attention: operations that the program does, see `work.network_work`.
+
+    Raises:
+      ValueError: the devices cannot share the scenes equally.
+    """
+    mesh = data_mesh()
+    if batch % mesh.size:
+        raise ValueError(f"{batch} scenes cannot be shared equally by {mesh.size} devices")
+    everywhere = replicated(mesh)
+    key = jax.device_put(jax.random.key(config.seed), everywhere)
+    state = jax.jit(lambda key: init_state(objective, key), out_shardings=everywhere)(key)
+    one = _scene(cloud)
+    scenes = {name: np.stack([array] * batch) for name, array in one.items()}
+    scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
+    schedule = {name: np.float32(value) for name, value in scheduled.items()}
+    spec = objective.spec
+
+    def work(steps: Sequence[int]) -> dict[str, Work]:
+        """The views of a step are a function of its number: they are made again and counted."""
+        counted = []
+        for step in steps:
+            for slot in range(batch):
+                sides = count_sides(objective, one, scene_key(key, step, slot), schedule)
+                counted.append(sonata_work(spec, *sides, conv_done=conv, attention_done=attention))
+        total = add(*counted)
+        return {part: work.times(1 / len(steps)) for part, work in total.items()}
+
+    return Program(
+        make_train_step(objective, config, mesh),
+        (state, put_batch(mesh, scenes, batch), schedule, key),
+        batch * len(cloud.coord),
+        f"{batch} x ({_view_slots(spec)})",
+        carries=True,
+        parameters=_bytes(state),
+        work=work,
+    )
+
+
+def scene_key(key: jax.Array, step: int, slot: int) -> jax.Array:
+    """The key of a scene in a step, as `training.step` makes it of the run's."""
+    pass_key = jax.random.fold_in(jax.random.fold_in(key, step), 0)
+    return jax.random.fold_in(pass_key, slot)
+
+
+def count_sides(
+    objective: Sonata, scene: dict[str, np.ndarray], key: jax.Array, schedule: dict[str, Any]
+) -> tuple[Levels, Levels, Levels]:
+    """The levels of the teacher's row, the masked one and that of the local views."""
+    found = _grids(objective, scene, key, schedule)
+    views = objective.spec.views
+
+    def count(side: str, clouds: int) -> Levels:
+        return tuple(
+            count_level(np.asarray(grid[:n]), np.asarray(cloud[:n]), clouds, len(grid))
+            for grid, cloud, n in found[side]
+        )
+
+    large, small = views.global_count, views.local_count
+    return count("teacher", large), count("masked", large), count("local", small)
+
+
+@jax.jit(static_argnums=0)
+def _grids(objective, scene, key, schedule):
+    row, _ = objective.prepare(scene, key, schedule)
+    return {
+        side: [(level.grid, level.cloud, level.count) for level in getattr(row, side).hierarchy]
+        for side in ("teacher", "masked", "local")
+    }
+
+
+def _scene(cloud: Input) -> dict[str, Any]:
+    """A scene as the host ships it, without padding."""
+    return {
+        "coord": cloud.coord,
+        "color": cloud.color,
+        "normal": cloud.normal,
+        "count": np.int32(len(cloud.coord)),
+        "cut": np.float32(0),
+        "scene": np.int32(0),
+    }
+
+
+def _padded(arrays: Sequence[np.ndarray | None], capacity: int) -> tuple[Any, ...]:
+    """Arrays (V, ...) with zeros up to the capacity, on the device; and V."""
+    points = next(len(array) for array in arrays if array is not None)
+    more = [(0, capacity - points), (0, 0)]
+    padded = tuple(None if array is None else np.pad(array, more) for array in arrays)
+    return jax.device_put((*padded, np.int32(points)))
+
+
+def _bytes(tree: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _slots(capacities: tuple[int, ...]) -> str:
+    return f"slots {' '.join(f'{capacity:,}' for capacity in capacities)}"
+
+
+def _view_slots(spec: SonataSpec) -> str:
+    view = spec.views
+    return (
+        f"{view.global_count} views of {view.global_capacity:,} slots, "
+        f"{view.local_count} of {view.local_capacity:,}"
+    )

@@ -1,0 +1,90 @@
+"""Times of a program: making it, starting it again, running it; and of the machine."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+
+CALIBRATION = 2048  # edge of the matrices
+_TRIES = 5
+
+# A program of another process may be the same but for the names of its scopes.
+_CACHE = {
+    "jax_enable_compilation_cache": True,
+    "jax_compilation_cache_include_metadata_in_key": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+class Made(NamedTuple):
+    """A compiled program and the seconds that it took.
+
+    Attributes:
+      compiled: what to call.
+      lower: tracing and lowering.
+      compile: compiling, or loading what a persistent cache held.
+      from_cache: whether it was loaded.
+    """
+
+    compiled: Any
+    lower: float
+    compile: float
+    from_cache: bool
+
+
+def calibrate(dtype: str, size: int = CALIBRATION) -> float:
+    """GFLOP/s of the product of two square matrices, the best of five."""
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(matrix, matrix))
+    best = min(seconds(lambda: product(matrix, matrix))[1] for _ in range(_TRIES))
+    return 2 * size**3 / best * 1e-9
+
+
+def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the seconds until that is ready."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, time.perf_counter() - start
+
+
+def make(function: Any, arguments: tuple[Any, ...], cache: Path) -> Made:
+    """Traces, lowers and compiles a jitted function anew, inside `cache_in(cache)`.
+
+    Args:
+      function: jitted.
+      arguments: of `function.lower`.
+      cache: the cache's folder, to tell whether the program came from it.
+    """
+    jax.clear_caches()
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    middle = time.perf_counter()
+    before = set(cache.iterdir())
+    compiled = lowered.compile()
+    end = time.perf_counter()
+    return Made(compiled, middle - start, end - middle, not set(cache.iterdir()) - before)
+
+
+@contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    """Keeps every compiled program in a folder for as long as the context lasts."""
+    wanted = _CACHE | {"jax_compilation_cache_dir": str(folder)}
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        _configure(wanted)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it remembers its folder

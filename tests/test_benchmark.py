@@ -1,0 +1,439 @@
+"""launch.benchmark and what it measures with, on networks and clouds that compile in seconds."""
+
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from launch import benchmark, command
+from point_jax.features.encoder import Encoder
+from point_jax.geometry.hierarchy import build_hierarchy, sort_row
+from point_jax.measure import breakdown, memory, parts, programs, runs, timing, work
+from point_jax.measure.inputs import room_input
+from point_jax.measure.room import furnished_room
+from point_jax.models.functional import functional
+from point_jax.models.ptv3 import PTv3
+from point_jax.models.spec import PTv3Spec, StageSpec
+from point_jax.objectives.settings import make_sonata
+from point_jax.objectives.sonata import SonataSpec
+from point_jax.ops.gather import take_rows
+from tests.small import schedule as small_schedule
+from tests.small import small_batch, small_config
+
+SPEC = PTv3Spec((StageSpec(1, 8, 1, 2), StageSpec(2, 16, 2, 4)))
+CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
+# One level and no rotary positions: what a training step needs to be one.
+ONE_LEVEL = (
+    *("--config.network.depths=(1,)", "--config.network.channels=(6,)"),
+    *("--config.network.heads=(1,)", "--config.network.rotary_base=0.0"),
+    *("--config.objective.shares=(1.0,)", "--config.objective.up_cast=0"),
+)
+RECORD = {
+    *("what", "input", "dtype", "points", "shapes", "profile"),
+    *("lower_s", "compile_s", "compiled_from_cache", "second_start_s"),
+    *("times_s", "median_s", "min_s", "points_per_s", "traced_s"),
+    *("memory", "parts", "flop_needed", "flops", "share_of_calibration"),
+}
+MEMORY = {
+    *("peak_bytes", "how", "parameter_bytes"),
+    *("temp_bytes", "argument_bytes", "output_bytes", "alias_bytes"),
+}
+PART = {
+    *("part", "seconds", "share", "forward_s", "recomputed_s", "backward_s"),
+    *("flop_needed", "flop_done", "flops"),
+}
+
+
+@pytest.fixture
+def run(tmp_path, capsys, monkeypatch):
+    """Runs the command; returns its exit code, stdout, stderr and what --json holds.
+
+    XLA compiles faster without optimizations, and what is measured is of no interest here.
+    """
+    monkeypatch.setattr(benchmark, "calibrate", functools.partial(timing.calibrate, size=64))
+
+    def start(*flags: str, config: str = "tests/small.py"):
+        file = tmp_path / "result.json"
+        argv = ["benchmark", f"--config={config}", f"--json={file}", "--repeats=2", *flags]
+        code = command.run(benchmark.main, argv, benchmark.__doc__)
+        content = json.loads(file.read_text()) if file.exists() else None
+        return code, *capsys.readouterr(), content
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield start
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def check(content, what: str) -> dict:
+    """The single record of a run, whose parts add up."""
+    assert set(content) == {"environment", "settings", "records"}
+    assert set(content["environment"]["calibration"]) == {"before", "after"}
+    assert content["settings"]["what"] == what
+    (record,) = content["records"]
+    assert set(record) == RECORD and set(record["memory"]) == MEMORY
+    assert len(record["times_s"]) == 2 and record["min_s"] == min(record["times_s"])
+    assert record["parts"] and all(set(part) == PART for part in record["parts"])
+    total = sum(part["seconds"] for part in record["parts"])
+    assert total == pytest.approx(record["median_s"], rel=1e-6)
+    assert sum(part["share"] for part in record["parts"]) == pytest.approx(1, rel=1e-6)
+    return record
+
+
+def seconds(record: dict) -> dict[str, float]:
+    return {part["part"]: part["seconds"] for part in record["parts"]}
+
+
+# --- The command ---
+
+
+def test_the_encoder_is_measured_on_rooms_and_files(run, tmp_path):
+    profile, cache = tmp_path / "profile", tmp_path / "cache"
+    flags = (f"--profile={profile}", f"--cache_dir={cache}")
+    # Then the same voxels from a file: the program is there already.
+    room = furnished_room(300, small_config().views.grid_size)
+    np.savez(tmp_path / "a.npz", **(room._asdict() | {"grid_coord": room.grid}))
+    clouds = ("--points=300", f"--input={tmp_path / 'a.npz'}")
+    (code, out, error, content), loaded = (run(cloud, *flags) for cloud in clouds)
+    assert (code, error) == (0, "")
+    record = check(content, "forward")
+    assert record["points"] == 300 and not record["compiled_from_cache"]
+    assert record["second_start_s"] < record["lower_s"] + record["compile_s"]
+    by_part = seconds(record)
+    network = {"geometry", "projections", "convolution", "attention", "mlp", "pooling"}
+    assert network <= set(by_part) <= network | {"blocks", "other", "idle"}
+    assert by_part.get("other", 0) < 0.05 * record["median_s"]
+    assert {p["part"] for p in record["parts"] if p["flop_needed"]} == {
+        *("projections", "convolution", "attention", "mlp", "pooling")
+    }
+    assert list(profile.rglob("*.xplane.pb"))
+    for word in ("second start", "points/s", "peak memory", "convolution", "total"):
+        assert word in out
+    code, out, _, content = loaded
+    again = check(content, "forward")
+    assert code == 0 and "loaded from --cache_dir" in out and again["compiled_from_cache"]
+    assert again["flop_needed"] == record["flop_needed"]
+
+
+@pytest.mark.parametrize(
+    ("what", "flags"), [("geometry", ()), ("views", (f"--cache_dir={CACHE}",))]
+)
+def test_the_makers_of_the_input_are_measured_alone(run, what, flags):
+    code, _, error, content = run(f"--what={what}", "--points=300", *flags)
+    assert (code, error) == (0, "")
+    record = check(content, what)
+    assert set(seconds(record)) <= {what, "other", "idle"}
+    assert seconds(record)[what] > 0.5 * record["median_s"]
+    assert record["flops"] is None
+
+
+def test_training_steps_go_on_from_one_another(run, monkeypatch):
+    """And the work is counted on the views that the step has made."""
+    seen = []
+
+    def measure_peak(call, device):
+        result, peak = memory.measure_peak(call, device)
+        state, metrics = result
+        seen.append((int(state["step"]), float(metrics["padding"])))
+        return result, peak
+
+    monkeypatch.setattr(runs, "measure_peak", measure_peak)
+    code, _, error, content = run(
+        "--what=train", "--points=300", "--noconfig.network.remat", f"--cache_dir={CACHE}",
+        *ONE_LEVEL,
+    )  # fmt: skip
+    assert (code, error) == (0, "")
+    record = check(content, "train")
+    by_part = seconds(record)
+    for part in ("views", "geometry", "convolution", "attention", "heads", "losses", "optimizer"):
+        assert by_part[part] > 0
+    assert by_part.get("other", 0) < 0.05 * record["median_s"]
+    for part in record["parts"]:
+        if part["part"] in ("convolution", "attention", "mlp"):
+            assert part["forward_s"] > 0 and part["backward_s"] > 0
+            assert part["recomputed_s"] == 0
+    ((step, padding),) = seen
+    assert step == 1
+    objective, batch = one_level()
+    sides = programs.count_sides(
+        objective, batch, programs.scene_key(jax.random.key(0), 0, 0), middle()
+    )
+    used = sum(side[0].points for side in sides)
+    slots = sum(side[0].capacity for side in sides)
+    assert padding == pytest.approx(1 - used / slots, abs=1e-6)
+
+
+def one_level():
+    """The objective and the scene of the command with `ONE_LEVEL`."""
+    given, rest = benchmark.parse(["", "--config=tests/small.py", "--what=train", *ONE_LEVEL])
+    config = benchmark.read_config(given, rest)
+    cloud = room_input(300, config.views.grid_size)
+    scene = {"coord": cloud.coord, "color": cloud.color, "normal": cloud.normal}
+    return make_sonata(config), scene | {"count": np.int32(300), "cut": np.float32(0)}
+
+
+def middle():
+    """Scheduled values in the middle of the run of `tests/small.py`: step 2 of 4."""
+    config = small_config()
+    values = {
+        "mask_size": config.schedule.mask_size[1],
+        "mask_ratio": config.schedule.mask_ratio[1],
+    }
+    return small_schedule(**values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--what=backward",), "--what: invalid choice: 'backward'"),
+        (("--points=99",), "at least 100 points"),
+        (("--points=many",), "'many' is not numbers"),
+        (("--repeats=0",), "'0' is not 1 or more"),
+        (("--input=missing.ply",), "missing.ply: no such file"),
+        (("--input=tests/small.py",), "files of this kind are not read"),
+        (("--input=a.ply", "--points=100"), "choose one"),
+        (("--config.network.depth=(1,)",), "did you mean 'depths'"),
+        (("--confg=x",), "not a flag: --confg=x"),
+        (("--config.network.patch_size=0",), "config.network.patch_size"),
+        (("--what=train", "--dtype=float16"), "--dtype: invalid choice"),
+        (("--json=missing/folder/a.json",), "there is no folder missing/folder"),
+    ],
+)
+def test_what_cannot_be_is_one_line(run, flags, told):
+    code, _, error, _ = run(*flags)
+    assert code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert told in error
+
+
+def test_a_damaged_input_is_one_line(run, tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, coord=np.ones((5, 3)), color=np.ones((5, 3)), normal=np.ones((4, 3)),
+             grid_coord=np.ones((5, 3), int))  # fmt: skip
+    code, _, error, _ = run(f"--input={path}")
+    assert code == 1 and "a.npz: normal is float64 of shape (4, 3)" in error
+    path.write_bytes(path.read_bytes()[:40])
+    code, _, error, _ = run(f"--input={path}")
+    assert code == 1 and "a.npz: not a whole npz file" in error and error.count("\n") == 1
+
+
+# --- The room ---
+
+
+@pytest.mark.parametrize("points", [100, 101, 2_345, 50_000])
+def test_a_room_has_exactly_so_many_voxels(points):
+    room = furnished_room(points)
+    assert all(array.shape == (points, 3) for array in room)
+    assert len(np.unique(room.grid, axis=0)) == points and (room.grid.min(0) == 0).all()
+    np.testing.assert_array_equal(np.linalg.norm(room.normal, axis=1), 1)
+    for array, again in zip(room, furnished_room(points), strict=True):
+        np.testing.assert_array_equal(array, again)
+    # a grid that starts at the lowest coordinates is the room's
+    steps = (room.coord - room.coord.min(0)) / np.float32(0.02)
+    np.testing.assert_array_equal(steps.astype(int), room.grid)
+
+
+def test_a_room_is_as_dense_as_a_scan():
+    """Of the 27 neighbours of a voxel 10 to 14 exist indoors."""
+    for level in work.count_levels(furnished_room(20_000).grid, (0, 0, 0)):
+        assert 10 < level.pairs / level.points < 14
+
+
+def test_a_room_of_few_points_is_refused():
+    with pytest.raises(ValueError, match="at least 100 points"):
+        furnished_room(99)
+
+
+# --- Work ---
+
+
+def test_needed_work_is_what_a_hand_counts():
+    """Three voxels in a line, the third apart: 5 pairs; on the next level 2 voxels and 2 pairs."""
+    grid = np.array([[0, 0, 0], [1, 0, 0], [4, 0, 0]])
+    levels = work.count_levels(grid, (8, 4))
+    assert [(level.points, level.pairs) for level in levels] == [(3, 5), (2, 2)]
+    got = work.network_work(SPEC, levels, conv_done=lambda level, stage: 1.0 * level.capacity)
+    assert {part: counted.needed for part, counted in got.items()} == {
+        "convolution": 2 * 5 * 8 * 8 + 2 * (2 * 2 * 16 * 16),
+        # patches of 2: each of the three points attends to 2; then 2 points to 2, in two blocks
+        "attention": 4 * (3 * 2) * 8 + 2 * (4 * (2 * 2) * 16),
+        # stem; conv_linear, qkv and proj
+        "projections": 2 * 3 * 9 * 8 + 2 * 3 * 5 * 64 + 2 * (2 * 2 * 5 * 256),
+        "mlp": 2 * 3 * 8 * 64 + 2 * (2 * 2 * 8 * 256),
+        "pooling": 2 * 3 * 8 * 16,
+    }
+    assert got["attention"].done is None
+    assert got["convolution"].done == 8 + 2 * 4
+    assert got["pooling"].done == 2 * 8 * 8 * 16
+    assert got["mlp"].done == 2 * 8 * 8 * 64 + 2 * (2 * 4 * 8 * 256)
+    # five patches of 2 hold any cloud of 8: qkv runs over 10 slots, and there is one patch of 4
+    qkv = 2 * 10 * 3 * 64 + 2 * (2 * 4 * 3 * 256)
+    assert got["projections"].done == 2 * 8 * 9 * 8 + 2 * 8 * 2 * 64 + qkv + 2 * (2 * 4 * 2 * 256)
+
+
+def test_a_step_needs_the_teacher_once_and_the_student_three_times():
+    spec = SonataSpec(SPEC, shares=(1.0, 0.5), hidden=32, embed=4, prototypes=10, up_cast=1)
+    large = work.count_levels(np.array([[0, 0, 0], [1, 0, 0], [4, 0, 0]]), (8, 4))
+    small = work.count_levels(np.array([[0, 0, 0]]), (8, 4))
+    got = work.sonata_work(spec, large, large, small)
+    one, other = work.network_work(SPEC, large), work.network_work(SPEC, small)
+    for part in one:
+        assert got[part].needed == 4 * one[part].needed + 3 * other[part].needed
+    head = 2 * (24 * 32 + 32 * 4)  # a point of 8 + 16 channels
+    assert got["heads"].needed == head * (3 * 2 + 3 * 3 + 3 * 1)
+    assert got["losses"].needed == 2 * 10 * 4 * (3 * 2 + 3 * 3 + 3 * 1)
+
+
+def test_pairs_are_those_of_the_neighbour_tables():
+    """Several clouds, duplicated voxels."""
+    draw = np.random.default_rng(0)
+    grid, cloud = draw.integers(0, 6, (200, 3)), np.sort(draw.integers(0, 3, 200))
+    shape = SPEC.hierarchy((256, 128), clouds=3)
+
+    @jax.jit
+    def build(grid, cloud):
+        order, count, _ = sort_row(grid, cloud, jnp.ones(200, bool), 256)
+        return build_hierarchy(take_rows(grid, order), take_rows(cloud, order), count, shape)
+
+    levels = build(grid, cloud)
+    for level in levels:
+        used = int(level.count)
+        wanted = int((level.neighbours < len(level.cloud)).sum())
+        grid, cloud = np.asarray(level.grid[:used]), np.asarray(level.cloud[:used])
+        got = work.count_level(grid, cloud, 3, len(level.cloud))
+        assert got.pairs == wanted and got.points == used
+        assert got.sizes == tuple(np.diff(level.starts))
+
+
+# --- Programs, parts, memory ---
+
+
+def test_capacities_are_the_encoders():
+    init, _ = functional(lambda rngs: PTv3(SPEC, rngs=rngs))
+    cloud = room_input(300, 0.02)
+    program = programs.forward(SPEC, cloud)
+    encoder = Encoder(SPEC, init(jax.random.key(0)))
+    encoder._shapes.grow([tuple(n.points for n in work.count_levels(cloud.grid, (0, 0)))])
+    assert program.static[0] in encoder._shapes._known.values()
+
+
+@jax.custom_vjp
+def product(x):
+    return x @ x
+
+
+product.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ jnp.sin(x).T,))
+
+
+def test_instructions_belong_to_their_innermost_scope():
+    """Loops, recomputation and the backward pass of a custom gradient keep the scopes."""
+
+    def loss(w, x):
+        def block(x, w):
+            with jax.named_scope("attention"):
+                x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x)
+            with jax.named_scope("mlp"):
+                return jnp.sin(product(x)), None
+
+        with jax.named_scope("losses"):
+            return jax.lax.scan(jax.checkpoint(block), x, w)[0].sum()
+
+    arguments = jnp.ones((2, 64, 64)), jnp.ones((64, 64))
+    text = jax.jit(jax.grad(loss)).lower(*arguments).compile().as_text()
+    known = parts.instructions(text)
+    places = {instruction.place for instruction in known.values()}
+    for part in ("attention", "mlp"):
+        for way in parts.DIRECTIONS:
+            assert parts.Place(part, way) in places
+    assert any(instruction.is_container for instruction in known.values())
+    assert parts.place_of("jit(f)/jvp(losses)/mlp/sin") == ("mlp", "forward")
+    assert parts.place_of("jit(f)/transpose(jvp(mlp))/checkpoint/dot") == ("mlp", "backward")
+    again = "jit(f)/transpose(jvp())/checkpoint/rematted_computation/mlp/sin"
+    assert parts.place_of(again) == ("mlp", "recomputed")
+    assert parts.place_of("jit(f)/mlps/sin") is None
+
+
+def test_instructions_without_a_scope_belong_to_what_they_read_or_what_reads_them():
+    text = """HloModule jit_f, is_scheduled=true
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %add.1 = f32[8]{0} add(%p, %p), metadata={op_name="jit(f)/views/add"}
+}
+
+ENTRY %main (x: f32[8]) -> (f32[8], f32[8]) {
+  %x = f32[8]{0} parameter(0), metadata={op_name="x"}
+  %constant.1 = f32[8]{0} constant({...})
+  %copy.1 = f32[8]{0:T(128)} copy(%constant.1)
+  %sine.1 = f32[8]{0} sine(%copy.1), metadata={op_name="jit(f)/transpose(jvp(mlp))/sin"}
+  %copy.2 = f32[8]{0} copy(%sine.1)
+  %fusion.1 = f32[8]{0} fusion(%copy.2), kind=kLoop, calls=%inner
+  %copy.3 = f32[8]{0} copy(%x)
+  ROOT %tuple.1 = (f32[8]{0}, f32[8]{0}) tuple(%fusion.1, %copy.3)
+}
+"""
+    assert parts.module_name(text) == "jit_f"
+    known = parts.instructions(text)
+    mlp, views = parts.Place("mlp", "backward"), parts.Place("views", "forward")
+    for name in ("constant.1", "copy.1", "sine.1", "copy.2"):
+        assert known[name].place == mlp
+    assert known["add.1"].place == known["fusion.1"].place == views
+    assert not any(instruction.is_container for instruction in known.values())
+
+
+def test_no_moment_counts_twice():
+    """A loop of two instructions, a second thread, a gap."""
+    a, b, loop = (parts.Place(part, "forward") for part in ("mlp", "views", "blocks"))
+    known = {
+        "a": parts.Instruction(a, False),
+        "b": parts.Instruction(b, False),
+        "while": parts.Instruction(loop, True),
+    }
+    events = [
+        breakdown.Event("while", 0e9, 10e9),
+        breakdown.Event("a", 1e9, 3e9),
+        breakdown.Event("b", 4e9, 9e9),
+        breakdown.Event("a", 8e9, 12e9),  # another thread
+        breakdown.Event("b", 13e9, 14e9),
+    ]
+    spent, total = breakdown.sweep(events, known)
+    assert total == pytest.approx(14)
+    assert spent == pytest.approx({loop: 2, a: 2 + 0.5 + 3, b: 4 + 0.5 + 1, breakdown.IDLE: 1})
+    assert breakdown.sweep([], known) == ({}, 0)
+
+
+SIZE = 200 << 20
+
+
+@pytest.mark.parametrize("can_reset", [True, False])
+def test_the_peak_of_memory_is_seen_though_it_is_gone_at_the_end(monkeypatch, can_reset):
+    if not can_reset:
+        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+
+    def call():
+        array = np.ones(SIZE, np.uint8)
+        array += 1
+        return array[:10].copy()
+
+    result, peak = memory.measure_peak(call, jax.devices("cpu")[0])
+    if peak.size is None:
+        pytest.skip("no /proc here")
+    assert result.tolist() == [2] * 10
+    assert 0.95 * SIZE < peak.size < 1.2 * SIZE
+    assert ("sampled" in peak.how) >= (not can_reset)
+
+
+def test_an_allocator_that_counts_is_asked():
+    use = iter([(50, 100), (50, 300), (50, 300), (50, 300)])
+    names = "bytes_in_use", "peak_bytes_in_use"
+    device = SimpleNamespace(memory_stats=lambda: dict(zip(names, next(use), strict=True)))
+    assert memory.measure_peak(lambda: 1, device) == (1, (250, "allocator"))
+    assert memory.measure_peak(lambda: 1, device) == (1, (250, "allocator, at most"))
+
+
+def test_the_small_batch_has_what_a_scene_has():
+    cloud = room_input(100, 0.02)
+    assert set(programs._scene(cloud)) == set(small_batch(1))
