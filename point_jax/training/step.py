@@ -54,17 +54,14 @@ def make_train_step(
         targets = objective.targets(teacher, rows, pass_key, schedule, AXIS)
 
         def add_piece(total, piece):
-            (_, (count, stats)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
+            (_, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(
                 student, piece, targets.shared, pass_key, schedule
             )
-            return jax.tree.map(jnp.add, total, (grads, count, stats)), None
+            return jax.tree.map(jnp.add, total, grads), sums
 
-        piece = jax.tree.map(lambda x: x[0], targets.pieces)
-        shapes = jax.eval_shape(
-            lambda: objective.loss(student, piece, targets.shared, pass_key, schedule)[1]
-        )
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, *shapes))
-        (grads, count, loss_stats), _ = jax.lax.scan(add_piece, zeros, targets.pieces)
+        none = jax.tree.map(jnp.zeros_like, student)
+        grads, sums = jax.lax.scan(add_piece, none, targets.pieces)
+        count, loss_stats = jax.tree.map(lambda x: x.sum(0), sums)
 
         sums = (grads, count, {**stats, **targets.stats, **loss_stats})
         grads, count, stats = jax.lax.psum(sums, AXIS)
