@@ -73,7 +73,9 @@ def run_golden(golden, dtype):
     def step(carry, row):
         params, mu, nu, count = carry
         grads = {"w": params["w"] - target + 3 * jnp.cos(3 * params["w"])}
-        params, mu, nu = optimizer.adamw(params, grads, mu, nu, count=count, scales=scales, **row)
+        params, mu, nu, _ = optimizer.adamw(
+            params, grads, mu, nu, count=count, scales=scales, **row
+        )
         return (params, mu, nu, count + 1), params["w"]
 
     params = {"w": jnp.asarray(golden["adamw_w0"], dtype)}
@@ -100,7 +102,24 @@ def test_adamw_is_its_definition_for_each_leaf():
         for ours, theirs in ((new_p, p), (new_m, m), (new_v, v)):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
-    jax.tree.map(check, params, grads, mu, nu, scales, *new)
+    jax.tree.map(check, params, grads, mu, nu, scales, *new[:3])
+    steps = jax.tree.map(
+        lambda m, v, scale: (
+            (lr * scale * m / (1 - beta1**count) / (np.sqrt(v / (1 - 0.999**count)) + 1e-3)) ** 2
+        ).sum(),
+        *new[1:3],
+        scales,
+    )
+    np.testing.assert_allclose(new[3], np.sqrt(sum(jax.tree.leaves(steps))), rtol=1e-6)
+
+
+def test_a_bad_step_changes_nothing():
+    params = {"a": jnp.ones((3, 4)), "b": jnp.zeros(5)}
+    grads = jax.tree.map(lambda p: p.at[0].set(jnp.nan), params)
+    rule = functools.partial(optimizer.adamw, scales={"a": np.ones((1, 1)), "b": np.ones(1)})
+    hyper = dict(count=3, lr=0.1, beta1=0.9, wd=0.1, good=False)
+    new = jax.jit(rule)(params, grads, params, params, **hyper)[:3]
+    jax.tree.map(np.testing.assert_array_equal, new, (params,) * 3)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 2.999, 3.0, 50.0, 1e6])

@@ -57,7 +57,7 @@ def make_step(objective: Toy, config: ConfigDict, mesh: Mesh):
         grads, norm = optimizer.clip_by_global_norm(grads, config.optim.clip)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = dict(state)
-        new["student"], new["mu"], new["nu"] = optimizer.adamw(
+        new["student"], new["mu"], new["nu"], _ = optimizer.adamw(
             *(state["student"], grads, state["mu"], state["nu"]),
             count=state["step"] - state["bad_steps"]["total"] + 1,
             lr=schedule["lr"],

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -81,7 +80,7 @@ def make_train_step(
         clipped, norm = clip_by_global_norm(grads, optim.clip)
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & (count > 0)
         bad = state["bad_steps"]
-        student, mu, nu = adamw(
+        student, mu, nu, length = adamw(
             state["student"],
             clipped,
             state["mu"],
@@ -93,10 +92,11 @@ def make_train_step(
             scales=layer_scales(state["student"], optim.lr_decay),
             beta2=optim.beta2,
             eps=optim.eps,
+            good=good,
         )
-        teacher = move_teacher(state["teacher"], student, schedule["momentum"])
-        new = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
-        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, {k: state[k] for k in new})
+        momentum = jnp.where(good, schedule["momentum"], 1.0)
+        teacher = move_teacher(state["teacher"], student, momentum)
+        new: State = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
         failed = jnp.where(good, 0, 1).astype(jnp.int32)
         new["step"] = state["step"] + 1
         new["bad_steps"] = {
@@ -104,9 +104,7 @@ def make_train_step(
             "in_a_row": jnp.where(good, 0, bad["in_a_row"] + 1).astype(jnp.int32),
         }
         metrics["grad_norm"] = norm
-        metrics["update_norm"] = optax.tree.norm(
-            jax.tree.map(jnp.subtract, student, state["student"])
-        )
+        metrics["update_norm"] = length
         metrics["bad_steps"] = new["bad_steps"]["total"].astype(jnp.float32)
         metrics["bad_steps_in_a_row"] = new["bad_steps"]["in_a_row"].astype(jnp.float32)
         return new, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
