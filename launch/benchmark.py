@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
     dtypes = list(dict.fromkeys(("float32", given.dtype)))
 
     def calibration(when: str) -> None:
-        about["calibration"][when] = {dtype: calibrate(dtype) * 1e9 for dtype in dtypes}
+        about["calibration"][when] = {dtype: calibrate(dtype) for dtype in dtypes}
         print(calibration_text(when, about), flush=True)
 
     calibration("before")
@@ -187,8 +187,6 @@ def main(argv: Sequence[str]) -> int:
         found = measure(program, given.warmup, given.repeats, given.cache_dir, folder)
         found = {"what": given.what, "input": cloud.name, "dtype": given.dtype, **found}
         found["profile"] = str(folder) if folder else None
-        speed = about["calibration"]["before"][given.dtype]
-        found["share_of_calibration"] = found["flops"] / speed if found["flops"] else None
         records.append(found)
         print(record_text(found), flush=True)
         del program

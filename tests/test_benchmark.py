@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,24 +14,19 @@ import pytest
 
 from launch import benchmark, command
 from point_jax.features.encoder import Encoder
-from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.measure import breakdown, memory, parts, programs, runs, timing, work
 from point_jax.measure.inputs import room_input
 from point_jax.measure.room import furnished_room
 from point_jax.models.functional import functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec, StageSpec
-from point_jax.objectives.settings import make_sonata
-from point_jax.objectives.sonata import SonataSpec
-from point_jax.ops.gather import take_rows
-from tests.small import schedule as small_schedule
 from tests.small import small_batch, small_config
 
 SPEC = PTv3Spec((StageSpec(1, 8, 1, 2), StageSpec(2, 16, 2, 4)))
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "jax"
-# One level and no rotary positions: what a training step needs to be one.
+# One level and no rotary positions: what a step and the making of its input need to be one.
 ONE_LEVEL = (
-    *("--config.network.depths=(1,)", "--config.network.channels=(6,)"),
+    *("--config.network.depths=(2,)", "--config.network.channels=(6,)"),
     *("--config.network.heads=(1,)", "--config.network.rotary_base=0.0"),
     *("--config.objective.shares=(1.0,)", "--config.objective.up_cast=0"),
 )
@@ -37,7 +34,7 @@ RECORD = {
     *("what", "input", "dtype", "points", "shapes", "profile"),
     *("lower_s", "compile_s", "compiled_from_cache", "second_start_s"),
     *("times_s", "median_s", "min_s", "points_per_s", "traced_s"),
-    *("memory", "parts", "flop_needed", "flops", "share_of_calibration"),
+    *("memory", "parts", "flop_needed", "flop_done", "flops", "machine_flop", "machine_share"),
 }
 MEMORY = {
     *("peak_bytes", "how", "parameter_bytes"),
@@ -57,9 +54,18 @@ def run(tmp_path, capsys, monkeypatch):
     """
     monkeypatch.setattr(benchmark, "calibrate", functools.partial(timing.calibrate, size=64))
 
-    def start(*flags: str, config: str = "tests/small.py"):
+    def start(*flags: str, starts: int = 1):
+        """`starts`: how often the program is really made; then what was made is taken again."""
+        made = []
+
+        def make(*arguments):
+            if len(made) < starts:
+                made.append(timing.make(*arguments))
+            return made[-1]
+
+        monkeypatch.setattr(runs, "make", make)
         file = tmp_path / "result.json"
-        argv = ["benchmark", f"--config={config}", f"--json={file}", "--repeats=2", *flags]
+        argv = ["benchmark", "--config=tests/small.py", f"--json={file}", "--repeats=2", *flags]
         code = command.run(benchmark.main, argv, benchmark.__doc__)
         content = json.loads(file.read_text()) if file.exists() else None
         return code, *capsys.readouterr(), content
@@ -81,6 +87,9 @@ def check(content, what: str) -> dict:
     total = sum(part["seconds"] for part in record["parts"])
     assert total == pytest.approx(record["median_s"], rel=1e-6)
     assert sum(part["share"] for part in record["parts"]) == pytest.approx(1, rel=1e-6)
+    for name in ("flop_needed", "flop_done"):
+        assert sum(part[name] for part in record["parts"]) == pytest.approx(record[name])
+    assert all(part["flop_done"] >= part["flop_needed"] for part in record["parts"])
     return record
 
 
@@ -94,14 +103,15 @@ def seconds(record: dict) -> dict[str, float]:
 def test_the_encoder_is_measured_on_rooms_and_files(run, tmp_path):
     profile, cache = tmp_path / "profile", tmp_path / "cache"
     flags = (f"--profile={profile}", f"--cache_dir={cache}")
-    # Then the same voxels from a file: the program is there already.
+    # Then the same voxels from a file: the program is there already, for calls from this line.
     room = furnished_room(300, small_config().views.grid_size)
     np.savez(tmp_path / "a.npz", **(room._asdict() | {"grid_coord": room.grid}))
-    clouds = ("--points=300", f"--input={tmp_path / 'a.npz'}")
-    (code, out, error, content), loaded = (run(cloud, *flags) for cloud in clouds)
+    calls = (("--points=300", 2), (f"--input={tmp_path / 'a.npz'}", 1))
+    (code, out, error, content), loaded = (run(cloud, *flags, starts=n) for cloud, n in calls)
     assert (code, error) == (0, "")
     record = check(content, "forward")
     assert record["points"] == 300 and not record["compiled_from_cache"]
+    assert record["shapes"] == "slots 384 256"
     assert record["second_start_s"] < record["lower_s"] + record["compile_s"]
     by_part = seconds(record)
     network = {"geometry", "projections", "convolution", "attention", "mlp", "pooling"}
@@ -120,7 +130,7 @@ def test_the_encoder_is_measured_on_rooms_and_files(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("what", "flags"), [("geometry", ()), ("views", (f"--cache_dir={CACHE}",))]
+    ("what", "flags"), [("geometry", ONE_LEVEL), ("views", (f"--cache_dir={CACHE}",))]
 )
 def test_the_makers_of_the_input_are_measured_alone(run, what, flags):
     code, _, error, content = run(f"--what={what}", "--points=300", *flags)
@@ -132,18 +142,28 @@ def test_the_makers_of_the_input_are_measured_alone(run, what, flags):
 
 
 def test_training_steps_go_on_from_one_another(run, monkeypatch):
-    """And the work is counted on the views that the step has made."""
-    seen = []
+    """The work is counted on the views that the steps have made, by the products of the program."""
+    steps, counted, programs_run = [], [], []
 
-    def measure_peak(call, device):
-        result, peak = memory.measure_peak(call, device)
-        state, metrics = result
-        seen.append((int(state["step"]), float(metrics["padding"])))
-        return result, peak
+    def watch(module, name, keep):
+        function = getattr(module, name)
 
-    monkeypatch.setattr(runs, "measure_peak", measure_peak)
+        def watched(*arguments):
+            result = function(*arguments)
+            keep(arguments, result)
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(
+        runs,
+        "seconds",
+        lambda _, timed: steps.append((int(timed[0][0]["step"]), float(timed[0][1]["padding"]))),
+    )
+    watch(programs, "count_sides", lambda _, sides: counted.append(sides))
+    watch(runs, "instructions", lambda arguments, known: programs_run.append((*arguments, known)))
     code, _, error, content = run(
-        "--what=train", "--points=300", "--noconfig.network.remat", f"--cache_dir={CACHE}",
+        "--what=train", "--points=300", "--config.network.remat", f"--cache_dir={CACHE}",
         *ONE_LEVEL,
     )  # fmt: skip
     assert (code, error) == (0, "")
@@ -155,35 +175,39 @@ def test_training_steps_go_on_from_one_another(run, monkeypatch):
     for part in record["parts"]:
         if part["part"] in ("convolution", "attention", "mlp"):
             assert part["forward_s"] > 0 and part["backward_s"] > 0
-            assert part["recomputed_s"] == 0
-    ((step, padding),) = seen
-    assert step == 1
-    objective, batch = one_level()
-    sides = programs.count_sides(
-        objective, batch, programs.scene_key(jax.random.key(0), 0, 0), middle()
-    )
-    used = sum(side[0].points for side in sides)
-    slots = sum(side[0].capacity for side in sides)
-    assert padding == pytest.approx(1 - used / slots, abs=1e-6)
+        if part["part"] in ("projections", "mlp"):
+            assert (part["recomputed_s"] > 0) == (part["part"] == "projections")
 
+    assert [step for step, _ in steps] == [2, 3]
+    for (_, padding), sides in zip(steps, counted, strict=True):
+        used = sum(side[0].points for side in sides)
+        slots = sum(side[0].capacity for side in sides)
+        assert padding == pytest.approx(1 - used / slots, abs=1e-6)
 
-def one_level():
-    """The objective and the scene of the command with `ONE_LEVEL`."""
-    given, rest = benchmark.parse(["", "--config=tests/small.py", "--what=train", *ONE_LEVEL])
-    config = benchmark.read_config(given, rest)
-    cloud = room_input(300, config.views.grid_size)
-    scene = {"coord": cloud.coord, "color": cloud.color, "normal": cloud.normal}
-    return make_sonata(config), scene | {"count": np.int32(300), "cut": np.float32(0)}
-
-
-def middle():
-    """Scheduled values in the middle of the run of `tests/small.py`: step 2 of 4."""
-    config = small_config()
-    values = {
-        "mask_size": config.schedule.mask_size[1],
-        "mask_ratio": config.schedule.mask_ratio[1],
+    # Teacher and student; `work` has the same numbers. Of the losses XLA takes products out of
+    # loops that run once.
+    ((text, known),) = programs_run
+    assert products(text, known) == {
+        ("convolution", "forward"): 2,
+        ("convolution", "backward"): 2,
+        ("attention", "forward"): 2 * 2,
+        ("attention", "backward"): 7,
+        ("mlp", "forward"): 2 * 2,
+        ("mlp", "backward"): 2 * 2 + 1,
+        ("heads", "forward"): 3 * 2,
+        ("heads", "backward"): 2 * 2 + 1,
+        # stem, conv_linear, qkv, proj; the stem's input has no gradient
+        ("projections", "forward"): 2 * 4,
+        ("projections", "backward"): 1 + 3 * 2 + 1,
+        ("projections", "recomputed"): 3,
     }
-    return small_schedule(**values)
+
+
+def products(text, known):
+    """How many products of matrices each part of a program has, by direction."""
+    found = Counter(known[name].place for name in re.findall(r"%([\w.\-]+) = \S+ dot\(", text))
+    network = ("convolution", "attention", "mlp", "heads", "projections")
+    return {tuple(place): number for place, number in found.items() if place.part in network}
 
 
 @pytest.mark.parametrize(
@@ -247,77 +271,17 @@ def test_a_room_of_few_points_is_refused():
         furnished_room(99)
 
 
-# --- Work ---
-
-
-def test_needed_work_is_what_a_hand_counts():
-    """Three voxels in a line, the third apart: 5 pairs; on the next level 2 voxels and 2 pairs."""
-    grid = np.array([[0, 0, 0], [1, 0, 0], [4, 0, 0]])
-    levels = work.count_levels(grid, (8, 4))
-    assert [(level.points, level.pairs) for level in levels] == [(3, 5), (2, 2)]
-    got = work.network_work(SPEC, levels, conv_done=lambda level, stage: 1.0 * level.capacity)
-    assert {part: counted.needed for part, counted in got.items()} == {
-        "convolution": 2 * 5 * 8 * 8 + 2 * (2 * 2 * 16 * 16),
-        # patches of 2: each of the three points attends to 2; then 2 points to 2, in two blocks
-        "attention": 4 * (3 * 2) * 8 + 2 * (4 * (2 * 2) * 16),
-        # stem; conv_linear, qkv and proj
-        "projections": 2 * 3 * 9 * 8 + 2 * 3 * 5 * 64 + 2 * (2 * 2 * 5 * 256),
-        "mlp": 2 * 3 * 8 * 64 + 2 * (2 * 2 * 8 * 256),
-        "pooling": 2 * 3 * 8 * 16,
-    }
-    assert got["attention"].done is None
-    assert got["convolution"].done == 8 + 2 * 4
-    assert got["pooling"].done == 2 * 8 * 8 * 16
-    assert got["mlp"].done == 2 * 8 * 8 * 64 + 2 * (2 * 4 * 8 * 256)
-    # five patches of 2 hold any cloud of 8: qkv runs over 10 slots, and there is one patch of 4
-    qkv = 2 * 10 * 3 * 64 + 2 * (2 * 4 * 3 * 256)
-    assert got["projections"].done == 2 * 8 * 9 * 8 + 2 * 8 * 2 * 64 + qkv + 2 * (2 * 4 * 2 * 256)
-
-
-def test_a_step_needs_the_teacher_once_and_the_student_three_times():
-    spec = SonataSpec(SPEC, shares=(1.0, 0.5), hidden=32, embed=4, prototypes=10, up_cast=1)
-    large = work.count_levels(np.array([[0, 0, 0], [1, 0, 0], [4, 0, 0]]), (8, 4))
-    small = work.count_levels(np.array([[0, 0, 0]]), (8, 4))
-    got = work.sonata_work(spec, large, large, small)
-    one, other = work.network_work(SPEC, large), work.network_work(SPEC, small)
-    for part in one:
-        assert got[part].needed == 4 * one[part].needed + 3 * other[part].needed
-    head = 2 * (24 * 32 + 32 * 4)  # a point of 8 + 16 channels
-    assert got["heads"].needed == head * (3 * 2 + 3 * 3 + 3 * 1)
-    assert got["losses"].needed == 2 * 10 * 4 * (3 * 2 + 3 * 3 + 3 * 1)
-
-
-def test_pairs_are_those_of_the_neighbour_tables():
-    """Several clouds, duplicated voxels."""
-    draw = np.random.default_rng(0)
-    grid, cloud = draw.integers(0, 6, (200, 3)), np.sort(draw.integers(0, 3, 200))
-    shape = SPEC.hierarchy((256, 128), clouds=3)
-
-    @jax.jit
-    def build(grid, cloud):
-        order, count, _ = sort_row(grid, cloud, jnp.ones(200, bool), 256)
-        return build_hierarchy(take_rows(grid, order), take_rows(cloud, order), count, shape)
-
-    levels = build(grid, cloud)
-    for level in levels:
-        used = int(level.count)
-        wanted = int((level.neighbours < len(level.cloud)).sum())
-        grid, cloud = np.asarray(level.grid[:used]), np.asarray(level.cloud[:used])
-        got = work.count_level(grid, cloud, 3, len(level.cloud))
-        assert got.pairs == wanted and got.points == used
-        assert got.sizes == tuple(np.diff(level.starts))
-
-
 # --- Programs, parts, memory ---
 
 
 def test_capacities_are_the_encoders():
     init, _ = functional(lambda rngs: PTv3(SPEC, rngs=rngs))
-    cloud = room_input(300, 0.02)
-    program = programs.forward(SPEC, cloud)
-    encoder = Encoder(SPEC, init(jax.random.key(0)))
+    params = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(init, jax.random.key(0))
+    )
+    cloud, encoder = room_input(300, 0.02), Encoder(SPEC, params)
     encoder._shapes.grow([tuple(n.points for n in work.count_levels(cloud.grid, (0, 0)))])
-    assert program.static[0] in encoder._shapes._known.values()
+    assert programs.row_capacities(cloud.grid, 2) in encoder._shapes._known.values()
 
 
 @jax.custom_vjp

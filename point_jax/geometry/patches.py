@@ -12,6 +12,7 @@ The layout depends only on the clouds' sizes; `PatchLayout` composes it with the
 attention gathers straight from a row and back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -80,12 +81,7 @@ def build_patches(
     num_patches, wide = patch_shape(capacity, clouds, patch_size)
     slots = num_patches * wide
     size = jnp.diff(starts)
-    narrow, width = None, jnp.int32(wide)
-    # Worth compiling where clouds may be short: not a lone one, nor views of many patches each.
-    if clouds > 1 and capacity < 2 * clouds * patch_size and wide % NARROW == 0:
-        _, needed = _place_clouds(size, jnp.int32(wide // NARROW))
-        narrow = (size.max() <= wide // NARROW) & (needed <= num_patches * NARROW)
-        width = jnp.where(narrow, wide // NARROW, wide)
+    narrow, width = _choose_width(size, capacity, patch_size)
     base, used = _place_clouds(size, width)
 
     position = jnp.arange(capacity, dtype=jnp.int32)
@@ -113,6 +109,29 @@ def build_patches(
     )
 
 
+def patches_used(sizes: Sequence[int], capacity: int, patch_size: int) -> tuple[int, int]:
+    """(patches in use, slots of each) of the layout of a row whose clouds have these sizes."""
+    size = jnp.asarray(sizes, jnp.int32)
+    _, width = _choose_width(size, capacity, patch_size)
+    _, used = _place_clouds(size, width)
+    return int(used), int(width)
+
+
+def _choose_width(
+    size: jax.Array, capacity: int, patch_size: int
+) -> tuple[jax.Array | None, jax.Array]:
+    """Whether patches are narrow, None where they never are; and their width."""
+    clouds = len(size)
+    num_patches, wide = patch_shape(capacity, clouds, patch_size)
+    # Worth compiling where clouds may be short: not a lone one, nor views of many patches each.
+    if clouds == 1 or capacity >= 2 * clouds * patch_size or wide % NARROW:
+        return None, jnp.int32(wide)
+    _, needed = _place_clouds(size, jnp.int32(wide // NARROW))
+    narrow = (size.max() <= wide // NARROW) & (needed <= num_patches * NARROW)
+    return narrow, jnp.where(narrow, wide // NARROW, wide)
+
+
+@jax.jit
 def _place_clouds(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width

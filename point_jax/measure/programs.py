@@ -14,7 +14,6 @@ from point_jax.features.shapes import Shapes
 from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.measure.inputs import Input
 from point_jax.measure.work import (
-    Done,
     LevelCount,
     Work,
     add,
@@ -26,6 +25,7 @@ from point_jax.measure.work import (
 from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.rows import SIDES, student
 from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.ops.gather import take_rows
 from point_jax.training.config import Config
@@ -81,16 +81,8 @@ def row_capacities(grid: np.ndarray, levels: int) -> tuple[int, ...]:
     return shapes.find(count)
 
 
-def forward(
-    spec: PTv3Spec, cloud: Input, conv: Done | None = None, attention: Done | None = None
-) -> Program:
-    """A cloud through the encoder, as `features.Encoder` runs it.
-
-    Args:
-      spec: the network.
-      cloud: its input.
-      conv, attention: operations that the program does, see `work.network_work`.
-    """
+def forward(spec: PTv3Spec, cloud: Input) -> Program:
+    """A cloud through the encoder, as `features.Encoder` runs it."""
     capacities = row_capacities(cloud.grid, len(spec.encoder))
     init, _ = functional(lambda rngs: PTv3(spec, rngs=rngs))
     params = jax.jit(init)(jax.random.key(0))
@@ -103,7 +95,7 @@ def forward(
         _slots(capacities),
         static=(capacities,),
         parameters=_bytes(params),
-        work=lambda _: network_work(spec, count_levels(cloud.grid, capacities), conv, attention),
+        work=lambda _: network_work(spec, count_levels(cloud.grid, capacities)),
     )
 
 
@@ -135,14 +127,7 @@ def views(spec: SonataSpec, cloud: Input) -> Program:
     return Program(jax.jit(make), arguments, len(cloud.coord), _view_slots(spec))
 
 
-def train(
-    objective: Sonata,
-    config: Config,
-    batch: int,
-    cloud: Input,
-    conv: Done | None = None,
-    attention: Done | None = None,
-) -> Program:
+def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Program:
     """The training step as the loop runs it, on all devices, in the middle of the run.
 
     Args:
@@ -150,7 +135,6 @@ def train(
       config: the whole config.
       batch: scenes over all devices.
       cloud: every scene of the batch; their views differ.
-      conv, attention: operations that the program does, see `work.network_work`.
 
     Raises:
       ValueError: the devices cannot share the scenes equally.
@@ -173,7 +157,7 @@ def train(
         for step in steps:
             for slot in range(batch):
                 sides = count_sides(objective, one, scene_key(key, step, slot), schedule)
-                counted.append(sonata_work(spec, *sides, conv_done=conv, attention_done=attention))
+                counted.append(sonata_work(spec, *sides))
         total = add(*counted)
         return {part: work.times(1 / len(steps)) for part, work in total.items()}
 
@@ -199,24 +183,24 @@ def count_sides(
 ) -> tuple[Levels, Levels, Levels]:
     """The levels of the teacher's row, the masked one and that of the local views."""
     found = _grids(objective, scene, key, schedule)
-    views = objective.spec.views
+    clouds = objective.rows.shape.clouds
 
-    def count(side: str, clouds: int) -> Levels:
+    def count(side: str) -> Levels:
         return tuple(
             count_level(np.asarray(grid[:n]), np.asarray(cloud[:n]), clouds, len(grid))
             for grid, cloud, n in found[side]
         )
 
-    large, small = views.global_count, views.local_count
-    return count("teacher", large), count("masked", large), count("local", small)
+    return count("teacher"), count("masked"), count("local")
 
 
 @jax.jit(static_argnums=0)
 def _grids(objective, scene, key, schedule):
     row, _ = objective.prepare(scene, key, schedule)
+    sides = {"teacher": row.teacher, **{side: student(row, side) for side in SIDES}}
     return {
-        side: [(level.grid, level.cloud, level.count) for level in getattr(row, side).hierarchy]
-        for side in ("teacher", "masked", "local")
+        name: [(level.grid, level.cloud, level.count) for level in side.hierarchy]
+        for name, side in sides.items()
     }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _WAYS = ("forward", "recomputed", "backward")
+_FLOP = ("flop_needed", "flop_done")
 
 
 def calibration_text(when: str, about: Mapping[str, Any]) -> str:
@@ -32,15 +33,15 @@ def record_text(record: Mapping[str, Any]) -> str:
         f"second start {record['second_start_s']:.2f} s",
         f"  median {record['median_s']:.4g} s, min {record['min_s']:.4g} s, max {spread:.4g} s of "
         f"{len(record['times_s'])}; {record['points_per_s']:,.0f} points/s",
+        f"  meanwhile the machine could multiply {record['machine_flop'] * 1e-9:,.1f} GFLOP",
         f"  peak memory {_megabytes(memory['peak_bytes'])} ({memory['how']}) above "
         f"{_megabytes(memory['parameter_bytes'])} of parameters",
         f"  planned by XLA: {planned}",
     ]
     if record["flops"]:
-        share = record["share_of_calibration"]
         lines.append(
             f"  {record['flop_needed'] * 1e-9:,.2f} GFLOP needed, "
-            f"{record['flops'] * 1e-9:.1f} GFLOP/s, {share:.0%} of the matrix product's"
+            f"{record['flops'] * 1e-9:.1f} GFLOP/s, {record['machine_share']:.0%} of that"
         )
     if record["profile"]:
         lines.append(f"  profile: tensorboard --logdir {record['profile']}")
@@ -58,9 +59,8 @@ def _table(parts: Sequence[Mapping[str, Any]]) -> list[str]:
     head += ["GFLOP needed", "done", "GFLOP/s"] if work else []
     total = {
         "part": "total",
-        **{key: sum(part[key] for part in parts) for key in ("seconds", "share", "flop_needed")},
+        **{key: sum(part[key] for part in parts) for key in ("seconds", "share", *_FLOP)},
         **{f"{way}_s": sum(part[f"{way}_s"] for part in parts) for way in _WAYS},
-        "flop_done": None,
     }
     total["flops"] = total["flop_needed"] / total["seconds"]
     rows = [head]
@@ -68,7 +68,7 @@ def _table(parts: Sequence[Mapping[str, Any]]) -> list[str]:
         row = [part["part"], f"{1e3 * part['seconds']:,.2f}", f"{100 * part['share']:.1f}"]
         row += [_blank(1e3 * part[f"{way}_s"]) for way in ways]
         if work:
-            row += [_giga(part[key]) for key in ("flop_needed", "flop_done", "flops")]
+            row += [_giga(part[key]) for key in (*_FLOP, "flops")]
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

@@ -14,7 +14,7 @@ from point_jax.measure.breakdown import IDLE, read_events, record, sweep
 from point_jax.measure.memory import measure_peak
 from point_jax.measure.parts import DIRECTIONS, OTHER, PARTS, Place, instructions, module_name
 from point_jax.measure.programs import Program
-from point_jax.measure.timing import cache_in, make, seconds
+from point_jax.measure.timing import cache_in, machine_speed, make, seconds
 from point_jax.measure.work import Work
 
 Record = dict[str, Any]
@@ -71,12 +71,20 @@ def measure(
         for _ in range(warmup - 1):
             seconds(call)
         first = call.calls
-        times = [seconds(call)[1] for _ in range(repeats)]
+        # The machine's speed drifts: it is measured between all calls.
+        speed = machine_speed("float32")
+        times, speeds = [], [speed()]
+        for _ in range(repeats):
+            times.append(seconds(call)[1])
+            speeds.append(speed())
         timed = range(first, call.calls)
         record(call, profile)
         known = instructions(text)
         spent, traced = sweep(read_events(profile, module_name(text), known), known)
         work = program.work(timed)
+    meanwhile = [t * (a + b) / 2 for t, a, b in zip(times, speeds[:-1], speeds[1:], strict=True)]
+    parts = _parts(spent, traced, float(np.median(times)), work)
+    needed, machine = parts["flop_needed"], float(np.median(meanwhile))
     return {
         "points": program.points,
         "shapes": program.shapes,
@@ -87,11 +95,13 @@ def measure(
         "times_s": times,
         "median_s": float(np.median(times)),
         "min_s": min(times),
+        "machine_flop": machine,
+        "machine_share": needed / machine if needed else None,
         "points_per_s": program.points / float(np.median(times)),
         "memory": _memory(made.compiled)
         | {"peak_bytes": peak.size, "how": peak.how, "parameter_bytes": program.parameters},
         "traced_s": traced,
-        **_parts(spent, traced, float(np.median(times)), work),
+        **parts,
     }
 
 
@@ -122,7 +132,7 @@ def _parts(
     def row(part: str) -> Record:
         by = {way: spent.get(Place(part, way), 0.0) * scale for way in DIRECTIONS}
         total = sum(by.values()) if part != IDLE else spent.get(IDLE, 0.0) * scale
-        needed, done = work.get(part, Work(0.0))
+        needed, done = work.get(part, Work(0, 0))
         return {
             "part": part,
             "seconds": total,
@@ -135,8 +145,10 @@ def _parts(
 
     rows = [row(part) for part in (*PARTS, OTHER, IDLE)]
     needed = sum(w.needed for w in work.values())
+    done = sum(w.done for w in work.values())
     return {
         "parts": [r for r in rows if r["seconds"] or r["flop_needed"]] if traced else [],
         "flop_needed": needed,
+        "flop_done": done,
         "flops": needed / median if needed else None,
     }

@@ -1,39 +1,48 @@
-"""Floating-point operations that a network needs, counted from the structure of its input.
+"""Floating-point operations of a network, counted from the structure of its input.
 
 Needed is what a perfect program would do: products of real points alone, no padding. A
 multiplication and its addition are two operations. Norms, activations, softmax, gathers and sorts
-count nothing. Backward counts twice forward: the gradients of the inputs and of the weights.
+count nothing. Backward counts twice forward: the gradients of the inputs and of the weights; the
+network's own input has no gradient.
 
-Done is what the program does, padding included. Linear layers run over all slots, which follows
-from the shapes. What the convolution and the attention do depends on how they are written: callers
-who know pass a function, else it stays unknown.
+Done is what the program does on CPUs, padding and what it makes twice included: how far the loops
+of an op run is asked of the op. Accelerators do more. XLA may still merge what a stage of a single
+block makes twice.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from point_jax.geometry.patches import patch_shape
+from point_jax.geometry.neighbours import offsets
+from point_jax.geometry.patches import patch_shape, patches_used
 from point_jax.models.spec import PTv3Spec, StageSpec
-from point_jax.objectives.sonata import SonataSpec
+from point_jax.objectives.sonata import SINKHORN_STEPS, SonataSpec
+from point_jax.ops.attention import operations_done
+from point_jax.ops.conv_pairs import pairs_done
+from point_jax.ops.prototypes import points_done
+from point_jax.ops.rowwise import rows_done
 
-TEACHER, STUDENT = 1, 3  # passes: forward; forward and backward, which is two
+FORWARD, TRAINED = 1, 3  # products of a layer: its own; and those of the two gradients
+# Of every loss with the prototypes: Sinkhorn-Knopp; the student's and the teacher's scores, both
+# again in the backward pass, and the gradients of points and prototypes.
+_LOSS_PRODUCTS = SINKHORN_STEPS + 2 + 2 + 2
 _AXIS = 17  # bits of a key for each axis: 16, and one more for neighbours outside
 
 
 class Work(NamedTuple):
-    """Operations of a part: needed, and done; None where that is not known."""
+    """Operations of a part: needed, and done on CPUs."""
 
     needed: float
-    done: float | None = None
+    done: float
 
-    def times(self, passes: float, done: float | None = None) -> "Work":
-        """So many passes; `done` where the program makes more of them than are needed."""
-        more = passes if done is None else done
-        return Work(passes * self.needed, None if self.done is None else more * self.done)
+    def times(self, factor: float) -> "Work":
+        """So many times the work."""
+        return Work(factor * self.needed, factor * self.done)
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,14 @@ class LevelCount:
     """What of a level decides the work.
 
     Attributes:
-      sizes: points of each cloud.
-      pairs: (point, neighbour) in the 3x3x3 neighbourhood that both exist, the point itself
-        included.
+      sizes: points of each cloud of the row, 0 for those that it lacks.
+      taps: at each tap of the 3x3x3 neighbourhood, the points that have a neighbour there; at the
+        centre all have.
       capacity: slots.
     """
 
     sizes: tuple[int, ...]
-    pairs: int
+    taps: tuple[int, ...]
     capacity: int
 
     @property
@@ -56,12 +65,14 @@ class LevelCount:
         """Points of all clouds."""
         return sum(self.sizes)
 
+    @property
+    def pairs(self) -> int:
+        """(point, neighbour) that both exist, the point itself included."""
+        return sum(self.taps)
+
     def attended(self, patch_size: int) -> int:
         """(query, key) pairs: a point attends to its patch, full where the cloud fills one."""
         return sum(size * min(size, patch_size) for size in self.sizes)
-
-
-Done = Callable[[LevelCount, StageSpec], float]  # operations of one block's forward pass
 
 
 def count_level(grid: np.ndarray, cloud: np.ndarray, clouds: int, capacity: int) -> LevelCount:
@@ -80,13 +91,13 @@ def count_level(grid: np.ndarray, cloud: np.ndarray, clouds: int, capacity: int)
         return (((cloud << _AXIS | x) << _AXIS) | y) << _AXIS | z
 
     known = np.unique(key(np.zeros(3, np.int64)))
-    pairs = 0
-    for step in itertools.product((-1, 0, 1), repeat=3):
-        wanted = key(np.array(step))
+    taps = []
+    for step in offsets(1):
+        wanted = key(step)
         place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
-        pairs += int((known[place] == wanted).sum()) if len(known) else 0
+        taps.append(int((known[place] == wanted).sum()) if len(known) else 0)
     sizes = np.bincount(cloud, minlength=clouds)
-    return LevelCount(tuple(sizes.tolist()), pairs, capacity)
+    return LevelCount(tuple(sizes.tolist()), tuple(taps), capacity)
 
 
 def count_levels(grid: np.ndarray, capacities: Sequence[int]) -> tuple[LevelCount, ...]:
@@ -99,73 +110,88 @@ def count_levels(grid: np.ndarray, capacities: Sequence[int]) -> tuple[LevelCoun
 
 
 def add(*works: Mapping[str, Work]) -> dict[str, Work]:
-    """The sum, part by part; done is unknown where one of them does not know it."""
+    """The sum, part by part."""
     total: dict[str, Work] = {}
     for part, work in itertools.chain.from_iterable(w.items() for w in works):
         before = total.get(part, Work(0, 0))
-        unknown = before.done is None or work.done is None
-        done = None if unknown else before.done + work.done  # pyright: ignore
-        total[part] = Work(before.needed + work.needed, done)
+        total[part] = Work(before.needed + work.needed, before.done + work.done)
     return total
 
 
 def network_work(
-    spec: PTv3Spec,
-    levels: Sequence[LevelCount],
-    conv_done: Done | None = None,
-    attention_done: Done | None = None,
+    spec: PTv3Spec, levels: Sequence[LevelCount], trained: bool = False
 ) -> dict[str, Work]:
-    """Forward pass of an encoder with a linear stem, by part.
+    """An encoder with a linear stem, by part.
 
     Args:
       spec: the network; without a decoder.
       levels: of its input, finest first.
-      conv_done, attention_done: what the program does for one block.
+      trained: whether there is a backward pass.
 
     Raises:
       ValueError: a decoder or a convolutional stem, which are not counted.
     """
     if spec.decoder or spec.stem != "linear":
         raise ValueError("work is counted for encoders with a linear stem")
-    first = spec.encoder[0].channels
-    parts = [{"projections": _linear(levels[0], spec.inputs * first)}]
+    first, finest = spec.encoder[0].channels, levels[0]
+    products = 2 if trained else 1  # the input has no gradient
+    stem = _linear(finest.points, finest.capacity, spec.inputs * first, products)
+    parts = [{"projections": stem}]
     for i, (stage, level) in enumerate(zip(spec.encoder, levels, strict=True)):
         if i:
-            weights = spec.encoder[i - 1].channels * stage.channels
-            parts.append({"pooling": _linear(levels[i - 1], weights)})
-        block = _block(stage, level, spec.mlp_ratio, conv_done, attention_done)
+            fine, weights = levels[i - 1], spec.encoder[i - 1].channels * stage.channels
+            down = _linear(fine.points, fine.capacity, weights, TRAINED if trained else FORWARD)
+            parts.append({"pooling": down})
+        block = _block(spec, stage, level, trained)
         parts.append({part: work.times(stage.depth) for part, work in block.items()})
     return add(*parts)
 
 
-def _linear(level: LevelCount, weights: int, slots: int | None = None) -> Work:
-    """A layer with so many weights over a level; `slots` where it runs over patches."""
-    return Work(2.0 * level.points * weights, 2.0 * (slots or level.capacity) * weights)
+def _linear(points: int, rows: int, weights: int, products: int, again: int = 0) -> Work:
+    """A layer with so many weights.
+
+    Args:
+      points: rows that there should be.
+      rows: rows that there are.
+      weights: its inputs x outputs.
+      products: that are needed.
+      again: how often the backward pass makes its output once more.
+    """
+    return Work(2.0 * points * weights * products, 2.0 * rows * weights * (products + again))
 
 
-def _block(
-    stage: StageSpec,
-    level: LevelCount,
-    mlp_ratio: float,
-    conv_done: Done | None,
-    attention_done: Done | None,
-) -> dict[str, Work]:
-    channels, hidden = stage.channels, int(stage.channels * mlp_ratio)
-    patches, width = patch_shape(level.capacity, len(level.sizes), stage.patch_size)
-    square = channels * channels
-    qkv = _linear(level, 3 * square, patches * width)
-    others = _linear(level, 2 * square)  # conv_linear, proj
+def _block(spec: PTv3Spec, stage: StageSpec, level: LevelCount, trained: bool) -> dict[str, Work]:
+    """One block.
+
+    The backward pass of `ops.rowwise` makes again what other layers follow in the same function.
+    With remat all else is made again, too, but for the results of convolution and attention, and
+    for the MLP's, which only a scale after it has a use for.
+    """
+    channels, hidden = stage.channels, int(stage.channels * spec.mlp_ratio)
+    square, products = channels * channels, TRAINED if trained else FORWARD
+    remade = int(trained and spec.remat)
+    scaled = remade if spec.layer_scale is not None else 0
+    points, rows = level.points, rows_done(level.capacity, level.points)
+    patches, width = patches_used(level.sizes, level.capacity, stage.patch_size)
+    slots = math.prod(patch_shape(level.capacity, len(level.sizes), stage.patch_size))
+    projections = (
+        _linear(points, rows, square, products, trained + remade),  # conv_linear
+        _linear(points, rows_done(slots, patches * width), 3 * square, products, remade),  # qkv
+        _linear(points, rows, square, products, remade),  # proj
+    )
+    mlp = (
+        _linear(points, rows, channels * hidden, products, trained + scaled),
+        _linear(points, rows, channels * hidden, products, scaled),
+    )
+    pairs = pairs_done(level.taps, level.capacity, channels)
+    forward, backward = operations_done(len(level.sizes), width, channels // stage.heads)
+    attention = patches * stage.heads * (forward + trained * backward)
     return {
-        "convolution": Work(
-            2.0 * level.pairs * square, conv_done(level, stage) if conv_done else None
-        ),
+        "convolution": _linear(level.pairs, pairs, square, products),
         # a product for the scores and one for the mixing
-        "attention": Work(
-            4.0 * level.attended(stage.patch_size) * channels,
-            attention_done(level, stage) if attention_done else None,
-        ),
-        "projections": add({"": qkv}, {"": others})[""],
-        "mlp": _linear(level, 2 * channels * hidden),
+        "attention": Work(4.0 * level.attended(stage.patch_size) * channels * products, attention),
+        "projections": add(*({"": work} for work in projections))[""],
+        "mlp": add(*({"": work} for work in mlp))[""],
     }
 
 
@@ -174,8 +200,6 @@ def sonata_work(
     teacher: Sequence[LevelCount],
     masked: Sequence[LevelCount],
     local: Sequence[LevelCount],
-    conv_done: Done | None = None,
-    attention_done: Done | None = None,
 ) -> dict[str, Work]:
     """A training step on one scene, by part, from the levels of its three rows.
 
@@ -184,17 +208,20 @@ def sonata_work(
     """
     network = spec.network
     inputs = sum(stage.channels for stage in network.encoder[-1 - spec.up_cast :])
-    head = inputs * spec.hidden + spec.hidden * spec.embed
-    # With remat the blocks run forward once more. The layers around them do not.
-    again = STUDENT + 1 if network.remat else STUDENT
     parts = []
-    for levels, passes, heads in ((teacher, TEACHER, 2), (masked, STUDENT, 1), (local, STUDENT, 1)):
-        level = levels[-1 - spec.up_cast]
-        forward = network_work(network, levels, conv_done, attention_done)
-        done = again if passes == STUDENT else TEACHER
-        kept = {"pooling": forward.pop("pooling", Work(0.0, 0.0)).times(passes)}
-        parts += [{part: work.times(passes, done) for part, work in forward.items()}, kept]
-        parts.append({"heads": _linear(level, head).times(passes * heads)})
-        scores = 2.0 * level.points * spec.prototypes * spec.embed
-        parts.append({"losses": Work(passes * heads * scores)})
+    for levels, trained, heads, losses in (
+        (teacher, False, 2, 0),
+        (masked, True, 1, 2),  # mask, roll
+        (local, True, 1, 1),  # unmask
+    ):
+        parts.append(network_work(network, levels, trained))
+        level, products = levels[-1 - spec.up_cast], TRAINED if trained else FORWARD
+        rows = rows_done(level.capacity, level.points)
+        first = _linear(level.points, rows, inputs * spec.hidden, products, int(trained))
+        second = _linear(level.points, rows, spec.hidden * spec.embed, products)
+        parts += [{"heads": first.times(heads)}, {"heads": second.times(heads)}]
+        scores = 2.0 * spec.prototypes * spec.embed
+        compared = losses * _LOSS_PRODUCTS * points_done(level.capacity, level.points)
+        needed = heads * products * level.points
+        parts.append({"losses": Work(scores * needed, scores * compared)})
     return {part: work for part, work in add(*parts).items() if work.needed}

@@ -93,6 +93,7 @@ class RowMaker:
         capacities = tuple(max(16, math.ceil(slots * share / 8) * 8) for share in self.shares)
         return self.network.hierarchy(capacities, max(spec.global_count, spec.local_count))
 
+    @jax.named_scope("views")
     def make(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
         """Views, masks, structure and matches of a scene.
 

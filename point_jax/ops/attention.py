@@ -62,20 +62,40 @@ def _either(run, width, narrow):
     return jax.lax.cond(narrow, lambda: run(width // NARROW), lambda: run(width))
 
 
-def _marks(segment, clouds, dtype):
+def operations_done(clouds: int, width: int, channels: int) -> tuple[int, int]:
+    """Operations of one patch and head on CPUs, those of the forward and of the backward pass.
+
+    Args:
+      clouds: G.
+      width: slots of the patch.
+      channels: D, of a head.
+    """
+    base, places = _digits(clouds)
+    plain = 2 * width * width * channels
+    marked = 2 * width * width * (channels + base * len(places))
+    # scores, mixing; scores both ways, their slopes both ways, and three gradients
+    return marked + plain, 2 * marked + 5 * plain
+
+
+def _digits(clouds):
+    """Base and place values of the digits that tell segments apart."""
+    values = clouds + 1  # empty slots have -1
+    base = values if values <= 16 else 4
+    return base, base ** np.arange(int(np.ceil(np.log(values) / np.log(base) - 1e-9)))
+
+
+def _marks(segment, clouds):
     """Columns for queries and keys (S, M) whose product is 0 in a segment and huge without.
 
     Adding them to q and k masks the scores inside the product, exactly: within a segment every
     added term is zero. A segment's number is written in digits, a column for each value of each
     digit; the query has a one at its own value, the key _NEVER at every other.
     """
-    values = clouds + 1  # empty slots have -1
-    base = values if values <= 16 else 4
-    places = base ** np.arange(int(np.ceil(np.log(values) / np.log(base) - 1e-9)))
+    base, places = _digits(clouds)
     digits = ((segment + 1)[:, None] // places[None]) % base  # (S, digits)
     same = digits[..., None] == np.arange(base)[None, None]
     same = same.reshape(len(segment), -1)
-    return same.astype(dtype), jnp.where(same, 0, _NEVER).astype(dtype)
+    return same.astype(jnp.float32), jnp.where(same, 0.0, _NEVER)
 
 
 def _read(array, patch, width, *index):
@@ -101,8 +121,8 @@ def _operands(qkv, marks, p, h, width):
 
 
 def _product(a, b):
-    """(K, D), (K, D) -> (K, K) float32."""
-    return jnp.dot(a, b.T, preferred_element_type=jnp.float32)
+    """(K, D), (K, D) -> (K, K)."""
+    return jnp.dot(a, b.T)
 
 
 def _bias_index(grid, table, p, width):
@@ -122,7 +142,9 @@ def _bias(grid, table, p, h, width):
 
 def _forward(clouds, width, qkv, segment, narrow, used, grid, table):
     slots, _, heads, channels = qkv.shape
-    marks = _marks(segment, clouds, qkv.dtype)
+    dtype, marks = qkv.dtype, _marks(segment, clouds)
+    # Products of bfloat16 are slower on CPUs; accelerators round operands by themselves.
+    qkv = qkv.astype(jnp.float32)
 
     def run(width):
         def one(i, carry):
@@ -133,11 +155,10 @@ def _forward(clouds, width, qkv, segment, narrow, used, grid, table):
             top = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(-1, keepdims=True)
-            mixed = jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            out = _write(out, mixed / total, p, h)
+            out = _write(out, jnp.dot(weights, v) / total, p, h)
             return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
 
-        init = jnp.zeros((slots, heads, channels), qkv.dtype), jnp.zeros((slots, heads))
+        init = jnp.zeros((slots, heads, channels), dtype), jnp.zeros((slots, heads))
         return jax.lax.fori_loop(0, used * heads, one, init)
 
     return _either(run, width, narrow)
@@ -151,10 +172,11 @@ def _fwd(clouds, width, qkv, segment, narrow, used, grid, table):
 
 def _bwd(clouds, width, saved, g):
     qkv, segment, narrow, used, grid, table, out, lse = saved
-    heads, scale = qkv.shape[2], qkv.shape[-1] ** -0.5
-    marks = _marks(segment, clouds, qkv.dtype)
+    heads, scale, dtype = qkv.shape[2], qkv.shape[-1] ** -0.5, qkv.dtype
+    marks = _marks(segment, clouds)
+    qkv, g = qkv.astype(jnp.float32), g.astype(jnp.float32)
     # sum over keys of weight x its gradient, by way of the output
-    drop = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    drop = (g * out.astype(jnp.float32)).sum(-1)
 
     def run(width):
         def one(i, grads):
@@ -171,14 +193,12 @@ def _bwd(clouds, width, saved, g):
                 dtable = dtable.at[axes, index, h].add(by_query[None])
             weights = jnp.exp(_product(keys, queries) + jnp.transpose(bias) - total[None])
             by_key = weights * (_product(v, slope) - fall[None])
-            dq = scale * jnp.dot(by_query.astype(q.dtype), k)
-            dk = scale * jnp.dot(by_key.astype(q.dtype), q)
-            dv = jnp.dot(weights.astype(slope.dtype), slope)
-            for part, grad in enumerate((dq, dk, dv)):
+            dq, dk = scale * jnp.dot(by_query, k), scale * jnp.dot(by_key, q)
+            for part, grad in enumerate((dq, dk, jnp.dot(weights, slope))):
                 dqkv = _write(dqkv, grad, p, part, h)
             return dqkv, dtable
 
-        init = jnp.zeros_like(qkv), None if table is None else jnp.zeros_like(table)
+        init = jnp.zeros(qkv.shape, dtype), None if table is None else jnp.zeros_like(table)
         return jax.lax.fori_loop(0, used * heads, one, init)
 
     dqkv, dtable = _either(run, width, narrow)

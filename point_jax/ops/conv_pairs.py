@@ -5,6 +5,8 @@ rows of one voxel read the same representative, a block may add to a row several
 one after the other, always in the same order.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -20,6 +22,15 @@ def _block_size(capacity: int, channels: int) -> int:
     wide = 128 if channels >= 256 else 256 if channels >= 128 else 196_608 // channels
     fitting = -(-capacity // 2 // 32) * 32  # a tap has pairs for less than half of the rows
     return max(32, min(wide, fitting))
+
+
+def pairs_done(counts: Sequence[int], capacity: int, channels: int) -> int:
+    """Pairs that a product of a whole row multiplies, where each tap has so many.
+
+    The last block of every tap is whole. `correlate` makes one such product, `gradients` two.
+    """
+    size = _block_size(capacity, channels)
+    return sum(-(-count // size) for count in counts) * size
 
 
 def _slots(pairs: Pairs, tap: jax.Array, block: jax.Array, size: int):

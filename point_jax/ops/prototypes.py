@@ -18,6 +18,12 @@ def _num_blocks(count: jax.Array, size: int) -> jax.Array:
     return -(-count // size)
 
 
+def points_done(capacity: int, count: int) -> int:
+    """Points of which each product with the prototypes makes scores: the last block is whole."""
+    size = min(_BLOCK, capacity)
+    return -(-count // size) * size
+
+
 def _block(array: jax.Array, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Rows of block i, and which of them it is the first to see (the last block overlaps)."""
     start = jnp.minimum(i * size, len(array) - size)

@@ -42,6 +42,16 @@ def _block_size(capacity: int) -> int:
     return min(capacity, 1024, max(64, -(-capacity // 4 // 64) * 64))
 
 
+def rows_done(capacity: int, count: int) -> int:
+    """Rows that CPUs take through the function where `count` of `capacity` are in use.
+
+    Blocks are whole: what the last one has done before counts again. The backward pass has the same
+    blocks.
+    """
+    size = _block_size(capacity)
+    return -(-count // size) * size
+
+
 def _slice(array, start, size):
     return jax.lax.dynamic_slice_in_dim(array, start, size)
 
