@@ -80,10 +80,15 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     for path in given.input:
         if not path.exists():
             raise SceneError(f"{path}: no such file or folder")
-    if given.json and not given.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json={given.json}: there is no folder {given.json.parent}")
-    for folder in filter(None, (given.profile, given.cache_dir)):
-        command.make_folder(folder)
+    if given.json:
+        folder = given.json.absolute().parent
+        if not folder.is_dir():
+            raise ConfigError(f"--json={given.json}: there is no folder {given.json.parent}")
+        if given.json.is_dir() or not os.access(folder, os.W_OK):
+            raise ConfigError(f"--json={given.json}: not a file that can be written")
+    for flag in ("profile", "cache_dir"):
+        if folder := vars(given)[flag]:
+            command.make_folder(folder, f"--{flag}")
     return given, rest
 
 
@@ -98,7 +103,10 @@ def _points(text: str) -> tuple[int, ...]:
 
 
 def _files(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part) for part in text.split(",") if part)
+    files = tuple(Path(part) for part in text.split(",") if part)
+    if not files:
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return files
 
 
 def _count(text: str) -> int:

@@ -66,8 +66,8 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def make_folder(path: Path) -> None:
-    """Makes an output folder, before any work is done.
+def make_folder(path: Path, flag: str = "--output") -> None:
+    """Makes the folder that a flag names, before any work is done.
 
     Raises:
         ConfigError: it cannot be made, or written into.
@@ -75,6 +75,6 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--output={path}: cannot be made ({error.strerror})") from error
+        raise ConfigError(f"{flag}={path}: cannot be made ({error.strerror})") from error
     if not os.access(path, os.W_OK):
-        raise ConfigError(f"--output={path}: no permission to write there")
+        raise ConfigError(f"{flag}={path}: no permission to write there")

@@ -218,6 +218,8 @@ def products(text, known):
         (("--points=many",), "'many' is not numbers"),
         (("--repeats=0",), "'0' is not 1 or more"),
         (("--input=missing.ply",), "missing.ply: no such file"),
+        (("--input=,",), "',' names no file"),
+        (("--cache_dir=/dev/null/x",), "--cache_dir=/dev/null/x: cannot be made"),
         (("--input=tests/small.py",), "files of this kind are not read"),
         (("--input=a.ply", "--points=100"), "choose one"),
         (("--config.network.depth=(1,)",), "did you mean 'depths'"),
@@ -225,6 +227,7 @@ def products(text, known):
         (("--config.network.patch_size=0",), "config.network.patch_size"),
         (("--what=train", "--dtype=float16"), "--dtype: invalid choice"),
         (("--json=missing/folder/a.json",), "there is no folder missing/folder"),
+        (("--json=tests",), "--json=tests: not a file that can be written"),
     ],
 )
 def test_what_cannot_be_is_one_line(run, flags, told):

@@ -6,6 +6,7 @@ import pytest
 from jax.sharding import Mesh
 from small import Step, schedule, small_batch, small_config
 
+from point_jax.objectives.settings import make_sonata
 from point_jax.training.mesh import put_batch
 
 
@@ -106,7 +107,7 @@ def test_a_step_without_any_scene_is_a_bad_one(step):
     state, metrics = step(batch)
     assert metrics["bad_steps"] == metrics["bad_steps_in_a_row"] == 1
     assert (metrics["empty_scenes"], metrics["points"], metrics["matched"]) == (8, 0, 0)
-    assert np.isnan(metrics["loss"]) and metrics["grad_norm"] == 0
+    assert np.isnan(metrics["loss"]) and metrics["grad_norm"] == metrics["update_norm"] == 0
     start = jax.tree.map(np.asarray, step.make())
     for part in ("student", "teacher", "mu", "nu"):  # not even weight decay
         jax.tree.map(np.testing.assert_array_equal, state[part], start[part])
@@ -144,3 +145,19 @@ def test_overflow_of_a_row_is_reported(step):
     """Points so far apart that hardly two of them share a voxel of the next level."""
     _, metrics = step(small_batch(size=60.0))
     assert metrics["overflow_row"] > 50 and metrics["bad_steps"] == 0
+
+
+@pytest.mark.parametrize("views", [(2, 4), (1, 6)])
+@pytest.mark.parametrize("share", [0.8, 1.0])
+def test_the_three_rows_of_a_scene_have_one_shape(share, views):
+    """Whichever side has more slots, and where capacities cut either."""
+    config = small_config()
+    config.objective.shares = (share, 0.5)
+    config.views.global_count, config.views.local_count = views
+    config.objective.weights = (0.25, 0.0, 0.5)
+    scene = {name: value[0] for name, value in small_batch(1).items()}
+    maker = make_sonata(config).rows
+    row, _ = jax.eval_shape(maker.make, scene, jax.random.key(0), schedule())
+    slots = max(views[0] * 128, views[1] * 52)
+    assert row.teacher.mask.shape == (-(-int(slots * share) // 8) * 8,)
+    assert row.students.mask.shape == (2, *row.teacher.mask.shape)

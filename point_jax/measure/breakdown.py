@@ -7,7 +7,7 @@ streams run some; a loop's event counts only where none of its instructions runs
 counts twice, and the parts add up to the time from the first instruction to the last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax
 
 from point_jax.measure.parts import Instruction, Place
 
+_FILES = "*.xplane.pb"
 IDLE = "idle"  # moments without any instruction
 
 
@@ -26,22 +27,28 @@ class Event(NamedTuple):
     end: float
 
 
-def record(call: Callable[[], Any], folder: Path) -> Any:
-    """Runs `call` under the profiler, waits for what it returns, and returns that.
+def record(call: Callable[[], Any], folder: Path) -> list[Path]:
+    """Runs `call` under the profiler until what it returns is ready.
 
-    The profile lies in `folder` as TensorBoard and Perfetto read it.
+    Returns:
+      The files of this profile, in `folder`, as TensorBoard and Perfetto read it; it may hold
+      others.
     """
+    before = set(folder.rglob(_FILES))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(folder, profiler_options=options):
-        return jax.block_until_ready(call())
+        jax.block_until_ready(call())
+    return sorted(set(folder.rglob(_FILES)) - before)
 
 
-def read_events(folder: Path, module: str, known: Mapping[str, Instruction]) -> list[Event]:
-    """The events of a module's instructions in the profile that lies in a folder.
+def read_events(
+    files: Sequence[Path], module: str, known: Mapping[str, Instruction]
+) -> list[Event]:
+    """The events of a module's instructions in a profile.
 
     Args:
-      folder: where `record` has put it.
+      files: of `record`.
       module: name of the program, see `parts.module_name`.
       known: the program's instructions.
 
@@ -50,7 +57,7 @@ def read_events(folder: Path, module: str, known: Mapping[str, Instruction]) -> 
     """
     host: list[Event] = []
     accelerator: list[Event] = []
-    for file in sorted(folder.rglob("*.xplane.pb")):
+    for file in files:
         for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
             found = _plane_events(plane, module, known)
             (accelerator if plane.name.startswith("/device:") else host).extend(found)

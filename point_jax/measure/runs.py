@@ -78,9 +78,9 @@ def measure(
             times.append(seconds(call)[1])
             speeds.append(speed())
         timed = range(first, call.calls)
-        record(call, profile)
+        files = record(call, profile)
         known = instructions(text)
-        spent, traced = sweep(read_events(profile, module_name(text), known), known)
+        spent, traced = sweep(read_events(files, module_name(text), known), known)
         work = program.work(timed)
     meanwhile = [t * (a + b) / 2 for t, a, b in zip(times, speeds[:-1], speeds[1:], strict=True)]
     parts = _parts(spent, traced, float(np.median(times)), work)

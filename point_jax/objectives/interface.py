@@ -1,4 +1,4 @@
-"""What the trainer needs of an objective: four pure functions and the names of its metrics.
+"""What the trainer needs of an objective: five pure functions.
 
 A step makes rows from scenes, one a scene; then the targets of all rows of the global batch
 together; then differentiates the loss piece by piece and adds up. A piece is a row or a part of

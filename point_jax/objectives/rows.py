@@ -200,7 +200,7 @@ class RowMaker:
 
     def _points(self, views: ViewBatch, coord: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """What `arrange` takes: the points of all views, one after the other, with the voxels of
-        `coord` (V, N, 3) and the features of the views, padded to the slots of a row."""
+        `coord` (V, N, 3) and the features of the views, padded to one length for all sides."""
         count, capacity = coord.shape[:2]
         valid = jnp.arange(capacity)[None] < views.count[:, None]
         lowest = jnp.where(valid[..., None], coord, jnp.inf).min(1, keepdims=True)
@@ -208,7 +208,9 @@ class RowMaker:
         grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
         features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
         cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
-        rest = max(0, self.shape.capacities[0] - count * capacity)
+        spec = self.views
+        slots = (spec.global_count * spec.global_capacity, spec.local_count * spec.local_capacity)
+        rest = max(*slots, self.shape.capacities[0]) - count * capacity
 
         def flat(x: jax.Array) -> jax.Array:
             x = x.reshape(count * capacity, *x.shape[2:])

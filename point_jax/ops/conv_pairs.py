@@ -20,7 +20,9 @@ def _block_size(capacity: int, channels: int) -> int:
     best; narrow rows want blocks of 200,000 numbers to outweigh what a step of the loop costs.
     """
     wide = 128 if channels >= 256 else 256 if channels >= 128 else 196_608 // channels
-    fitting = -(-capacity // 2 // 32) * 32  # a tap has pairs for less than half of the rows
+    fitting = (
+        -(-capacity // 2 // 32) * 32
+    )  # on surfaces a tap but the centre has pairs for less than half of the rows
     return max(32, min(wide, fitting))
 
 

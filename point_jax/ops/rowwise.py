@@ -79,7 +79,8 @@ def _fwd(apply, params, x, count):
 
 def _bwd(apply, saved, g):
     params, x, count = saved
-    g = jnp.where((jnp.arange(len(x)) < count)[:, None], g, 0)
+    used = (jnp.arange(len(x)) < count)[:, None]
+    x, g = jnp.where(used, x, 0), jnp.where(used, g, 0)
 
     def in_blocks():
         size = _block_size(len(x))

@@ -106,7 +106,7 @@ def adamw(
         rate = lr * scale
         step = (rate / correction1) * (m / (jnp.sqrt(v / correction2) + eps))
         moved = jnp.where(good, p * (1.0 - rate * wd) - step, p)
-        return *in_place(moved, m, v), (step * step).sum()
+        return *in_place(moved, m, v), jnp.where(good, step * step, 0.0).sum()
 
     found = jax.tree.map(update, params, grads, mu, nu, scales)
     outer, inner = jax.tree.structure(params), jax.tree.structure((0,) * 4)
