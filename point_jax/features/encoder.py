@@ -27,7 +27,12 @@ from point_jax.features.voxels import (
     grid_key,
     voxelize,
 )
-from point_jax.geometry.hierarchy import build_hierarchy, sort_row
+from point_jax.geometry.hierarchy import (
+    Hierarchy,
+    HierarchySpec,
+    build_hierarchy,
+    sort_row,
+)
 from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
@@ -250,19 +255,34 @@ def _pairs(grids: Sequence[np.ndarray], stages: Sequence[Any]) -> Iterator[tuple
     return zip(grids, stages, strict=False)  # a decoder has a stage less
 
 
+@jax.named_scope("geometry")
+def single_cloud(
+    grid: jax.Array, count: jax.Array, spec: HierarchySpec, depth: jax.Array | None = None
+) -> tuple[jax.Array, Hierarchy]:
+    """Sorts a cloud alone in its row and builds its structure.
+
+    Args:
+      grid: (N, 3) int32, any order.
+      count: () int32, voxels in use, the first ones.
+      spec: the row's shape.
+      depth: (levels,) int32, bits of the curves, see `build_hierarchy`.
+
+    Returns:
+      order: (N,) int32, see `sort_row`; and the hierarchy.
+    """
+    points = len(grid)
+    cloud = jnp.zeros(points, jnp.int32)
+    order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
+    depths = None if depth is None else depth[:, None]
+    return order, build_hierarchy(take_rows(grid, order), cloud, count, spec, depths)
+
+
 def row_function(spec: PTv3Spec) -> Callable:
     """What runs on the device for a cloud: jitted, compiled once for each tuple of capacities."""
     _, apply = functional(lambda rngs: PTv3(spec, rngs=rngs))
 
     def run(params, grid, features, coord, mask, count, depth, capacities):
-        with jax.named_scope("geometry"):
-            points = len(grid)
-            cloud = jnp.zeros(points, jnp.int32)
-            order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
-            depths = None if depth is None else depth[:, None]
-            hierarchy = build_hierarchy(
-                take_rows(grid, order), cloud, count, spec.hierarchy(capacities, clouds=1), depths
-            )
+        order, hierarchy = single_cloud(grid, count, spec.hierarchy(capacities, clouds=1), depth)
         out = apply(
             params,
             take_rows(features, order),

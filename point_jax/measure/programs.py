@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from point_jax.data.views import make_views
-from point_jax.features.encoder import row_function
+from point_jax.features.encoder import row_function, single_cloud
 from point_jax.features.shapes import Shapes
-from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.measure.inputs import Input
 from point_jax.measure.work import (
     LevelCount,
@@ -27,7 +26,6 @@ from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.rows import SIDES, student
 from point_jax.objectives.sonata import Sonata, SonataSpec
-from point_jax.ops.gather import take_rows
 from point_jax.training.config import Config
 from point_jax.training.mesh import data_mesh, put_batch, replicated
 from point_jax.training.schedules import sonata_schedule
@@ -104,14 +102,7 @@ def geometry(spec: PTv3Spec, cloud: Input) -> Program:
     capacities = row_capacities(cloud.grid, len(spec.encoder))
     grid, count = _padded((cloud.grid,), capacities[0])
 
-    @jax.named_scope("geometry")
-    def build(grid, count):
-        points = len(grid)
-        cloud = jnp.zeros(points, jnp.int32)
-        order, count, _ = sort_row(grid, cloud, jnp.arange(points) < count, points)
-        shape = spec.hierarchy(capacities, clouds=1)
-        return order, build_hierarchy(take_rows(grid, order), cloud, count, shape)
-
+    build = partial(single_cloud, spec=spec.hierarchy(capacities, clouds=1))
     return Program(jax.jit(build), (grid, count), len(cloud.grid), _slots(capacities))
 
 

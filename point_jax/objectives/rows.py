@@ -84,12 +84,15 @@ class RowMaker:
     match_radius: float
 
     @property
+    def _slots(self) -> int:
+        """Of the views of a side, all capacities together; of the side that has more."""
+        spec = self.views
+        return max(spec.global_count * spec.global_capacity, spec.local_count * spec.local_capacity)
+
+    @property
     def shape(self) -> HierarchySpec:
         """Of every row: the large views fit and the small ones."""
-        spec = self.views
-        slots = max(
-            spec.global_count * spec.global_capacity, spec.local_count * spec.local_capacity
-        )
+        spec, slots = self.views, self._slots
         capacities = tuple(max(16, math.ceil(slots * share / 8) * 8) for share in self.shares)
         return self.network.hierarchy(capacities, max(spec.global_count, spec.local_count))
 
@@ -208,9 +211,7 @@ class RowMaker:
         grid = jnp.clip(steps.astype(jnp.int32), 0, (1 << 16) - 1)
         features = jnp.concatenate([views.coord, views.color, views.normal], axis=-1)
         cloud = jnp.broadcast_to(jnp.arange(count)[:, None], valid.shape)
-        spec = self.views
-        slots = (spec.global_count * spec.global_capacity, spec.local_count * spec.local_capacity)
-        rest = max(*slots, self.shape.capacities[0]) - count * capacity
+        rest = max(self._slots, self.shape.capacities[0]) - count * capacity
 
         def flat(x: jax.Array) -> jax.Array:
             x = x.reshape(count * capacity, *x.shape[2:])

@@ -79,8 +79,6 @@ def _fwd(apply, params, x, count):
 
 def _bwd(apply, saved, g):
     params, x, count = saved
-    used = (jnp.arange(len(x)) < count)[:, None]
-    x, g = jnp.where(used, x, 0), jnp.where(used, g, 0)
 
     def in_blocks():
         size = _block_size(len(x))
@@ -88,9 +86,10 @@ def _bwd(apply, saved, g):
         def block(i, carry):
             total, grad = carry
             start = jnp.minimum(i * size, len(x) - size)
-            new = (start + jnp.arange(size) >= i * size)[:, None]
+            rows = (start + jnp.arange(size))[:, None]
+            new = (rows >= i * size) & (rows < count)
             slope = jnp.where(new, _slice(g, start, size), 0)
-            _, backward = jax.vjp(apply, params, _slice(x, start, size))
+            _, backward = jax.vjp(apply, params, jnp.where(new, _slice(x, start, size), 0))
             of_params, of_rows = backward(slope)
             of_rows = jnp.where(new, of_rows, _slice(grad, start, size))
             grad = jax.lax.dynamic_update_slice_in_dim(grad, of_rows, start, axis=0)
@@ -100,7 +99,8 @@ def _bwd(apply, saved, g):
         return jax.lax.fori_loop(0, -(-count // size), block, init)
 
     def at_once():
-        return jax.vjp(apply, params, x)[1](g)
+        used = (jnp.arange(len(x)) < count)[:, None]
+        return jax.vjp(apply, params, jnp.where(used, x, 0))[1](jnp.where(used, g, 0))
 
     return *jax.lax.platform_dependent(cpu=in_blocks, default=at_once), None
 
