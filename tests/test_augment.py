@@ -258,6 +258,26 @@ class TestColor:
         assert_golden(moved, golden["ChromaticTranslation_seed1__color"])
         assert_golden(color.normalize_color(golden["color"]), golden["NormalizeColor__color"])
 
+    def test_stretching_and_noise_equal_the_originals(self, golden):
+        valid = np.ones(len(golden["color"]), bool)
+        stretched = color.stretch_color(golden["color"], valid, 0.4)
+        assert_golden(stretched, golden["ChromaticAutoContrast_b0.4__color"])
+        draws = np.random.RandomState(1)
+        draws.rand()  # whether it happens
+        noise = draws.randn(len(valid), 3).astype(np.float32)
+        noisy = color.add_noise(golden["color"], noise, 0.05)
+        assert_golden(noisy, golden["ChromaticJitter_seed1__color"])
+
+    def test_stretching_reads_valid_points_alone_and_leaves_even_colours(self, rng):
+        start = rng.uniform(50, 200, (40, 3)).astype(np.float32)
+        valid = np.arange(40) < 30
+        stretched = color.stretch_color(start, valid, 1.0)
+        low, high = stretched[valid].min(0), stretched[valid].max(0)
+        np.testing.assert_allclose(low, 0, atol=1e-4)
+        np.testing.assert_allclose(high, 255, atol=1e-3)
+        even = np.full((40, 3), 7, np.float32)
+        np.testing.assert_array_equal(color.stretch_color(even, valid, 0.7), even)
+
     @pytest.mark.parametrize("order", [(3, 1, 0, 2), (2, 3, 1, 0), (1, 0, 2, 3)])
     def test_changes_act_in_the_drawn_order(self, rng, order):
         start = rng.uniform(0, 255, (40, 3)).astype(np.float32)

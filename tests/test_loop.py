@@ -325,11 +325,29 @@ def test_a_final_checkpoint_is_enough_to_end_a_run(tmp_path, unbroken, capsys):
     assert digest(tmp_path) == digest(unbroken)
 
 
+def test_what_is_measured_joins_the_metrics_of_its_step(tmp_path, unbroken):
+    weights = {}
+
+    def measure(step, teacher):
+        weights[step] = float(teacher["head"]["weight"][0])
+        return {"probe": weights[step]} if step % 5 == 0 else {}
+
+    wanted = config(train__log_every=4)
+    assert toy_run.run(wanted, tmp_path, prepare_measure=lambda: measure) == 0
+    lines = {line["step"]: line for line in read_metrics(tmp_path) if "loss" in line}
+    assert set(lines) == {1, 4, 5, 8, 10, 12} and list(weights) == list(range(1, 13))
+    found = {step: line["probe"] for step, line in lines.items() if "probe" in line}
+    assert found == {5: weights[5], 10: weights[10]} and weights[5] != weights[10]
+    assert digest(tmp_path) == digest(unbroken)
+
+
 def test_a_batch_that_the_devices_cannot_share():
     eight = cast(Mesh, SimpleNamespace(size=8))
     check_batch(16, eight)
     with pytest.raises(ConfigError, match=r"config.train.batch=12 scenes cannot be shared .* by 8"):
         check_batch(12, eight)
+    with pytest.raises(ConfigError, match="with 2 scenes a row; use a multiple of 16"):
+        check_batch(8, eight, each=2)
 
 
 @pytest.mark.devices(2)

@@ -1,5 +1,6 @@
 """The stream of batches: a pure function of seed and step, however it is read."""
 
+import dataclasses
 import itertools
 import logging
 from collections import Counter
@@ -34,6 +35,7 @@ def tiny_scene(index: int) -> Scene:
         draw.uniform(0, 3, (count, 3)).astype(np.float32),
         np.full((count, 3), index + 2, np.uint8),
         (normal / np.linalg.norm(normal, axis=1, keepdims=True)).astype(np.float32),
+        draw.integers(-1, 5, count).astype(np.int32),
     )
 
 
@@ -119,6 +121,7 @@ def test_a_batch_holds_what_the_step_expects(root):
         "coord": ((6, 64, 3), np.float32),
         "color": ((6, 64, 3), np.uint8),
         "normal": ((6, 64, 3), np.float32),
+        "segment": ((6, 64), np.int32),
         "count": ((6,), np.int32),
         "cut": ((6,), np.float32),
         "scene": ((6,), np.int32),
@@ -132,6 +135,18 @@ def test_a_batch_holds_what_the_step_expects(root):
             assert not batch[name][slot, count:].any()
             rows = {row.tobytes() for row in getattr(scene, name)}
             assert all(row.tobytes() in rows for row in batch[name][slot, :count])
+        assert (batch["segment"][slot, count:] == -1).all()
+        label = dict(zip(map(bytes, scene.coord), scene.segment, strict=True))
+        found = [label[bytes(row)] for row in batch["coord"][slot, :count]]
+        assert list(batch["segment"][slot, :count]) == found
+
+
+def test_scenes_are_changed_when_they_are_loaded_and_need_no_labels(root):
+    def bare(scene):
+        return dataclasses.replace(scene, color=None, segment=None)
+
+    (batch,) = take(make_batches(config(root), seed=0, global_batch=6, change=bare), 1)
+    assert not batch["color"].any() and (batch["segment"] == -1).all() and batch["coord"].any()
 
 
 @pytest.mark.parametrize("start", [1, 2, 7, 1000])

@@ -19,8 +19,8 @@ from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster
 from point_jax.objectives.rows import LOSSES
 from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
-from point_jax.training.optimizer import move_teacher
 
 CAPACITIES, CLOUDS = (1024, 768, 512, 128, 64), 4
 
@@ -152,7 +152,7 @@ class GoldenStep:
             SonataSpec(network, ViewSpec(max_size=512), shares, hidden=64, embed=32, prototypes=64)
         )
         weights = load(about["weights_file"].removesuffix(".npz"))[0]
-        template = jax.eval_shape(self.objective.init, jax.random.key(0))
+        template = jax.eval_shape(self.objective.init, jax.random.key(0))[0]
 
         def tree(which):
             parts = {

@@ -19,6 +19,10 @@ LEANS_ON = {
     "training": ("objectives.interface",),
     "features": ("interop", "models", "ops", "geometry", "data", "training.checkpoint"),
     "visual": (),
+    "evaluation": (
+        *("objectives", "training", "features", "interop"),
+        *("models", "ops", "geometry", "data"),
+    ),
     "measure": ("objectives", "models", "ops", "geometry", "data", "features", "training"),
     "interop": ("models", "ops", "geometry", "objectives.settings", "training.checkpoint"),
 }

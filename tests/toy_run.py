@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch import command
+from point_jax.objectives.teacher import move_teacher
 from point_jax.training import optimizer
 from point_jax.training.config import default_config, parse_command_line
 from point_jax.training.loop import train
@@ -38,12 +39,15 @@ def get_config() -> ConfigDict:
 class Toy:
     """Two stacked blocks and a head."""
 
+    scenes_per_row = 1
+
     def init(self, key: jax.Array) -> Any:
         blocks = 0.3 * jax.random.normal(key, (2, 3, 3))
-        return {
+        student = {
             "backbone": {"enc": {"stage0": {"blocks": {"weight": blocks}}}},
             "head": {"weight": jnp.ones((3,))},
         }
+        return student, jax.tree.map(jnp.copy, student)
 
 
 def make_step(objective: Toy, config: ConfigDict, mesh: Mesh):
@@ -65,9 +69,7 @@ def make_step(objective: Toy, config: ConfigDict, mesh: Mesh):
             wd=schedule["wd"],
             scales=optimizer.layer_scales(state["student"], config.optim.lr_decay),
         )
-        new["teacher"] = optimizer.move_teacher(
-            state["teacher"], new["student"], schedule["momentum"]
-        )
+        new["teacher"] = move_teacher(state["teacher"], new["student"], schedule["momentum"])
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         new["step"] = state["step"] + 1
         bad = jnp.where(good, 0, 1)
@@ -108,7 +110,9 @@ def main(argv: Sequence[str]) -> int:
     return run(config, Path(workdir))
 
 
-def run(config: ConfigDict, workdir: Path, prepare_pictures: Any = None) -> int:
+def run(
+    config: ConfigDict, workdir: Path, prepare_pictures: Any = None, prepare_measure: Any = None
+) -> int:
     return train(
         config,
         workdir,
@@ -117,6 +121,7 @@ def run(config: ConfigDict, workdir: Path, prepare_pictures: Any = None) -> int:
         make_schedule=sonata_schedule,
         make_batches=make_batches,
         prepare_pictures=prepare_pictures,
+        prepare_measure=prepare_measure,
     )
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from point_jax import limits
+from point_jax.geometry.sampling import bounds
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(tuple(permutations(range(4))), np.int32)
@@ -152,6 +153,36 @@ def jitter_color(color: jax.Array, valid: jax.Array, draw: ColorDraw) -> jax.Arr
 def translate_color(color: jax.Array, shift: jax.Array) -> jax.Array:
     """Adds one colour (3,) to all points (N, 3), clipped to 0..255."""
     return jnp.clip(color + shift[None], 0.0, 255.0)
+
+
+def stretch_color(color: jax.Array, valid: jax.Array, blend: jax.Array | float) -> jax.Array:
+    """Blends with the colours whose every channel is stretched to 0..255 (auto-contrast).
+
+    A channel that is the same everywhere is moved to 0 by the stretched part, as in the originals,
+    which leave the colours alone only where all three are.
+
+    Args:
+      color: (N, 3) float32, 0 to 255.
+      valid: (N,) bool; only these say how dark and bright a channel is.
+      blend: share of the stretched colours.
+
+    Returns:
+      (N, 3) float32.
+    """
+    low, high = bounds(color, valid)
+    spread = high - low
+    scale = jnp.where(spread > 0.0, 255.0 / jnp.where(spread > 0.0, spread, 1.0), 1.0)
+    stretched = (color - low[None]) * scale[None]
+    blend = jnp.where(jnp.any(spread > 0.0), blend, 0.0)
+    return (1.0 - blend) * color + blend * stretched
+
+
+def add_noise(color: jax.Array, noise: jax.Array, sigma: jax.Array | float) -> jax.Array:
+    """Adds 255 * sigma * noise to every channel of every point, clipped to 0..255.
+
+    `noise` is standard normal (N, 3).
+    """
+    return jnp.clip(color + 255.0 * sigma * noise, 0.0, 255.0)
 
 
 def normalize_color(color: jax.Array) -> jax.Array:

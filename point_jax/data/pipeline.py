@@ -218,12 +218,14 @@ def pad_scene(scene: Scene | None, points: int, key: np.random.Generator) -> dic
         key: draws where to cut.
 
     Returns:
-        coord (P, 3) float32, color (P, 3) uint8, normal (P, 3) float32, count int32, cut float32.
+        coord (P, 3) float32, color (P, 3) uint8, normal (P, 3) float32, segment (P,) int32, -1
+        where there is no label, count int32, cut float32.
     """
     slot: dict[str, Any] = {
         "coord": np.zeros((points, 3), np.float32),
         "color": np.zeros((points, 3), np.uint8),
         "normal": np.zeros((points, 3), np.float32),
+        "segment": np.full(points, -1, np.int32),
         "count": np.int32(0),
         "cut": np.float32(0),
     }
@@ -231,7 +233,7 @@ def pad_scene(scene: Scene | None, points: int, key: np.random.Generator) -> dic
         return slot
     keep = cut_scene(scene.coord, points, key)
     count = min(len(scene.coord), points)
-    for name in ("coord", "color", "normal"):
+    for name in ("coord", "color", "normal", "segment"):
         array = getattr(scene, name)
         if array is not None:
             slot[name][:count] = array if keep is None else array[keep]
@@ -248,6 +250,7 @@ def make_batches(
     start_batch: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    change: Callable[[Scene], Scene] = lambda scene: scene,
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's part of the global batches start_batch, start_batch + 1, ... without end.
 
@@ -258,13 +261,15 @@ def make_batches(
         start_batch: number of steps done so far.
         process_index: which of the processes this is.
         process_count: how many processes share the batch; must divide it.
+        change: what is done to every scene when it is loaded.
 
     Returns:
         An iterator (close() ends its threads) of dicts with leading axis B = global_batch /
         process_count: coord (B, P, 3) float32 metres, color (B, P, 3) uint8, normal (B, P, 3)
-        float32, both zero when missing, count (B,) int32, cut (B,) float32 share of the scene's
-        points that did not fit, scene (B,) int32 index among all sources' scenes. A scene that
-        cannot be used has count 0 with `skip_bad`, else the iterator raises its SceneError.
+        float32, both zero when missing, segment (B, P) int32, count (B,) int32, cut (B,) float32
+        share of the scene's points that did not fit, scene (B,) int32 index among all sources'
+        scenes. A scene that cannot be used has count 0 with `skip_bad`, else the iterator raises
+        its SceneError.
 
     Raises:
         ValueError: for a batch that the processes cannot share, or a wrong source.
@@ -279,7 +284,10 @@ def make_batches(
     local = global_batch // process_count
     sources = build_sources(data.sources)
     stream = scene_stream(sources, seed)
-    load = functools.lru_cache(maxsize=data.cache)(lambda scene: load_indexed(sources, scene))
+
+    @functools.lru_cache(maxsize=data.cache)
+    def load(scene: int) -> Scene:
+        return change(load_indexed(sources, scene))
 
     skipped = set[int]()  # scenes named before: each comes again every epoch
 

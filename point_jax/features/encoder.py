@@ -119,7 +119,7 @@ class Encoder:
             raise ValueError(f"inputs is not known: {self._which_inputs()}")
         inputs = self.inputs
         scenes = [as_scene(cloud, f"clouds[{i}]") for i, cloud in enumerate(clouds)]
-        yield from self._encode(
+        yield from self.encode_voxels(
             [voxelize(scene, self.grid_size, self.scale, inputs) for scene in scenes]
         )
 
@@ -165,11 +165,17 @@ class Encoder:
                     np.arange(end - start, dtype=np.int32),
                 )
             )
-        return list(self._encode(clouds, depth))
+        return list(self.encode_voxels(clouds, depth))
 
-    def _encode(
+    def encode_voxels(
         self, clouds: Sequence[Voxels], depth: np.ndarray | None = None
     ) -> Iterator[PointFeatures]:
+        """Encodes clouds that are voxels already; lazily, one by one.
+
+        Args:
+          clouds: see `voxels.voxelize`; of the channels that the network reads.
+          depth: (levels,) bits of the curves; None for each cloud's own.
+        """
         levels = len(self.spec.encoder)
         plans = []
         for cloud in clouds:

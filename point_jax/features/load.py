@@ -10,7 +10,7 @@ from point_jax.features.encoder import Encoder
 from point_jax.features.voxels import INPUTS, Input
 from point_jax.interop.release import spec_of
 from point_jax.interop.store import MANIFEST, load_weights
-from point_jax.interop.workdir import is_workdir, read_workdir
+from point_jax.interop.workdir import find_run, read_workdir
 from point_jax.training.checkpoint import CheckpointError
 
 # Edge of a voxel, metres, in each release's default transform.
@@ -29,7 +29,8 @@ def load(
     """Loads an encoder.
 
     Args:
-      path: a folder that `launch.convert` wrote, or one in which `launch.train` trained.
+      path: a folder that `launch.convert` wrote, one in which `launch.train` trained, or of such
+        a one `checkpoints/<step>`.
       tree: of a pretraining, which of the two networks.
       grid_size: edge of a voxel, metres; None for the one that the network was trained with.
       inputs: the properties of a point that the network reads; needed for raw clouds where they
@@ -44,7 +45,7 @@ def load(
     path = Path(path)
     if tree not in ("teacher", "student"):
         raise ValueError(f"tree is {tree!r}; expected teacher or student")
-    if is_workdir(path):
+    if find_run(path):
         weights = read_workdir(path)
     elif (path / MANIFEST).is_file():
         weights = load_weights(path)

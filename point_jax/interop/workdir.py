@@ -24,8 +24,30 @@ def is_workdir(path: Path) -> bool:
     return (path / CONFIG).is_file() and (path / FOLDER).is_dir()
 
 
+def find_run(path: Path) -> tuple[Path, int] | None:
+    """The run and the step that a path names: a run's folder, or `<run>/checkpoints/<step>`.
+
+    Returns:
+      The run's folder and the step, the newest for the folder itself; None for any other path.
+
+    Raises:
+      CheckpointError: the run has no checkpoint.
+    """
+    if path.parent.name == FOLDER and path.name.isdigit() and is_workdir(path.parent.parent):
+        return path.parent.parent, int(path.name)
+    if not is_workdir(path):
+        return None
+    steps = [int(p.name) for p in (path / FOLDER).iterdir() if p.name.isdigit()]
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {path / FOLDER}")
+    return path, max(steps)
+
+
 def read_workdir(workdir: Path | str) -> Weights:
-    """Student and teacher of a run's newest checkpoint, every bit checked.
+    """Student and teacher of a run's checkpoint, every bit checked.
+
+    Args:
+      workdir: see `find_run`.
 
     Returns:
       A pretraining; `source` has the step under "numbers", and "grid_size" in metres.
@@ -33,9 +55,10 @@ def read_workdir(workdir: Path | str) -> Weights:
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its network is not the config's.
     """
-    workdir = Path(workdir)
-    if not is_workdir(workdir):
+    found = find_run(Path(workdir))
+    if found is None:
         raise CheckpointError(f"{workdir} is no run's folder: no {CONFIG} and {FOLDER} in it")
+    workdir, step = found
     content = read_json(workdir / CONFIG)
     try:
         # A run of an older program lacks the newest keys, and had what are now their defaults.
@@ -43,10 +66,7 @@ def read_workdir(workdir: Path | str) -> Weights:
         variant, config = config_of(spec)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{workdir / CONFIG} describes no network: {error}") from error
-    steps = [int(p.name) for p in (workdir / FOLDER).iterdir() if p.name.isdigit()]
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {workdir / FOLDER}")
-    folder = workdir / FOLDER / str(max(steps))
+    folder = workdir / FOLDER / str(step)
     try:
         handler = ocp.PyTreeCheckpointHandler()
         saved = handler.metadata(epath.Path((folder / "state").absolute())).tree
@@ -75,7 +95,7 @@ def read_workdir(workdir: Path | str) -> Weights:
         "file": f"{workdir.name}/{FOLDER}/{folder.name}",
         "format": "workdir",
         "sha256": digest(weights),
-        "numbers": {"step": max(steps)},
+        "numbers": {"step": step},
         "grid_size": content["config"]["views"]["grid_size"],
     }
     return dataclasses.replace(weights, source=source)

@@ -187,7 +187,8 @@ def count_sides(
 
 @jax.jit(static_argnums=0)
 def _grids(objective, scene, key, schedule):
-    row, _ = objective.prepare(scene, key, schedule)
+    scenes = {name: x[None] for name, x in scene.items()}
+    row, _ = objective.prepare(scenes, key, schedule)
     sides = {"teacher": row.teacher, **{side: student(row, side) for side in SIDES}}
     return {
         name: [(level.grid, level.cloud, level.count) for level in side.hierarchy]

@@ -1,9 +1,10 @@
-"""What the trainer needs of an objective: five pure functions.
+"""What the trainer needs of an objective: six pure functions.
 
-A step makes rows from scenes, one a scene; then the targets of all rows of the global batch
-together; then differentiates the loss piece by piece and adds up. A piece is a row or a part of
-one, whatever the objective needs at once; all have one shape. A device with several rows loops over
-them and never gets a longer one, so the same global batch gives the same numbers on every layout.
+A step makes rows from scenes, each from one scene or a few; then the targets of all rows of the
+global batch together; then differentiates the loss piece by piece and adds up. A piece is a row or
+a part of one, whatever the objective needs at once; all have one shape. A device with several rows
+loops over them and never gets a longer one, so the same global batch gives the same numbers on
+every layout.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ Stats = dict[str, Any]
 
 
 class Targets(NamedTuple):
-    """What the teacher asks for.
+    """What the loss asks for.
 
     Attributes:
       pieces: what the loss is differentiated for, one after the other: any pytree with a leading
@@ -34,14 +35,24 @@ class Targets(NamedTuple):
 
 
 class Objective(Protocol):
-    """A training objective with a student and a teacher of the same shape."""
+    """A training objective.
 
-    def init(self, key: jax.Array) -> Params:
-        """Parameters of the student."""
+    Attributes:
+      scenes_per_row: how many scenes make a row; a device's scenes are a multiple of it.
+    """
+
+    scenes_per_row: int
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Parameters of the student, which gradients move, and of the teacher, which they do not.
+
+        A teacher is whatever the loss needs beside the student: a moving average, a frozen encoder,
+        or nothing, an empty dict.
+        """
         ...
 
-    def prepare(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Any, Stats]:
-        """One scene as a row: views, structure, masks, matches. Without gradient."""
+    def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Any, Stats]:
+        """A row of `scenes_per_row` scenes (leading axis): structure and input. No gradient."""
         ...
 
     def targets(
@@ -62,6 +73,12 @@ class Objective(Protocol):
         schedule: Schedule,
     ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
         """(sum, (count, stats)) of one piece; a batch's loss is its sums over its counts."""
+        ...
+
+    def follow(
+        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+    ) -> Params:
+        """The teacher after a step that gave this student; `good` () bool: the step counted."""
         ...
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:

@@ -13,7 +13,18 @@ from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
 from point_jax.data.views import ViewSpec
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
+from point_jax.objectives.labelled import CropSpec
+from point_jax.objectives.segmentation import (
+    Divide,
+    Segmentation,
+    SegmentationSpec,
+    decoder,
+    everything,
+    lora,
+    only_head,
+)
 from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -55,6 +66,31 @@ def default_objective() -> ConfigDict:
     """The section `objective`: Sonata's base recipe; see `SonataSpec`."""
     fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
     return ConfigDict({k: v for k, v in fields.items() if k not in ("network", "views")}).lock()
+
+
+def default_decoder() -> ConfigDict:
+    """The section `decoder`, of the protocols that have one: lists with an entry a level.
+
+    Empty lists of channels and heads mean the encoder's.
+    """
+    section = ConfigDict({"depths": (2, 2, 2, 2), "channels": (), "heads": ()})
+    return section.lock()
+
+
+def default_crops() -> ConfigDict:
+    """The section `crops`: Pointcept's recipe for ScanNet; see `CropSpec` and `GeometrySpec`.
+
+    `grid_size` 0 means the one that the encoder was trained with; 0.02 m without one.
+    """
+    crops = _section(CropSpec())
+    crops.grid_size = 0.0
+    return crops
+
+
+def default_segmentation() -> ConfigDict:
+    """The section `objective` of a segmentation; see `SegmentationSpec`."""
+    fields = {f.name: f.default for f in dataclasses.fields(SegmentationSpec)}
+    return ConfigDict({k: v for k, v in fields.items() if k not in ("classes", "crops")}).lock()
 
 
 def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
@@ -111,6 +147,76 @@ def make_sonata(config: Any) -> Sonata:
     with _errors_say("config.objective."):
         spec = SonataSpec(network=network, views=views, **_tuples(config.objective.to_dict()))
     return Sonata(spec)
+
+
+# What trains beside the linear layer.
+PROTOCOLS: dict[str, Divide] = {
+    "linear": only_head,
+    "decoder": decoder,
+    "lora": lora,
+    "full": everything,
+    "scratch": everything,
+}
+WITH_DECODER = ("decoder", "full", "scratch")
+
+
+def make_segmentation(
+    config: Any, protocol: str, classes: int, network: PTv3Spec | None
+) -> Segmentation:
+    """A segmentation objective: sections `crops`, `objective` and `decoder` of a config.
+
+    Args:
+      config: the whole config.
+      protocol: a key of `PROTOCOLS`.
+      classes: K.
+      network: the encoder; None for height, normal and colour without one.
+
+    Raises:
+      ValueError: a value that does not fit, and which.
+    """
+    if network is None and protocol != "linear":
+        raise ValueError(f"without a network there is only the linear protocol, not {protocol}")
+    crops = _tuples(config.crops.to_dict())
+    with _errors_say("config.crops.geometry."):
+        crops["geometry"] = GeometrySpec(**_tuples(crops["geometry"]))
+    with _errors_say("config.crops."):
+        crops = CropSpec(**crops)
+    with _errors_say("config.objective."):
+        spec = SegmentationSpec(classes=classes, crops=crops, **_tuples(config.objective.to_dict()))
+        if network is None:
+            return Segmentation(spec, RawTrunk(), PROTOCOLS[protocol])
+        if protocol in WITH_DECODER:
+            network = with_decoder(network, config.decoder)
+        return Segmentation(spec, PTv3Trunk(network), PROTOCOLS[protocol])
+
+
+def with_decoder(network: PTv3Spec, section: Mapping[str, Any]) -> PTv3Spec:
+    """The encoder with the decoder that a section `decoder` describes.
+
+    Raises:
+      ValueError: lists of wrong lengths, or a value out of range; names the key.
+    """
+    place = "config.decoder."
+    limits.check(section, SECTION_LIMITS, place)
+    wanted = len(network.encoder) - 1
+    lists = {
+        "depths": tuple(section["depths"]),
+        "channels": tuple(section["channels"]) or tuple(s.channels for s in network.encoder[:-1]),
+        "heads": tuple(section["heads"]) or tuple(s.heads for s in network.encoder[:-1]),
+    }
+    for name, values in lists.items():
+        if len(values) != wanted:
+            raise ValueError(
+                f"{place}{name} is {values}: an encoder of {wanted + 1} levels needs {wanted}"
+            )
+    with _errors_say(place):
+        stages = tuple(
+            StageSpec(depth, channels, heads, below.patch_size)
+            for depth, channels, heads, below in zip(
+                *lists.values(), network.encoder[:-1], strict=True
+            )
+        )
+        return dataclasses.replace(network, decoder=stages)
 
 
 @contextlib.contextmanager

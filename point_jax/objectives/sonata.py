@@ -30,6 +30,7 @@ from point_jax.objectives.rows import (
     matched_per_view,
     student_level,
 )
+from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
 
@@ -128,6 +129,8 @@ class Piece(NamedTuple):
 class Sonata:
     """The objective's functions; see `interface.Objective`. Immutable."""
 
+    scenes_per_row = 1
+
     def __init__(self, spec: SonataSpec):
         self.spec = spec
         network = spec.network
@@ -140,19 +143,25 @@ class Sonata:
         )
         self.rows = spec.rows
 
-    def init(self, key: jax.Array) -> Params:
-        """Parameters of the student: backbone, mask_head, unmask_head."""
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Parameters of the student, backbone, mask_head and unmask_head, and the same again."""
         keys = jax.random.split(key, 5)
         params = {"backbone": self._init_backbone(keys[0])}
         for name, head_key, key in zip(HEADS, keys[1:3], keys[3:], strict=True):
             head = self._init_head(head_key)
             prototypes = start_prototypes(key, head["prototypes"].shape)
             params[name] = head | {"prototypes": prototypes}
-        return params
+        return params, jax.tree.map(jnp.copy, params)
 
-    def prepare(self, scene: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
+    def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
         """Views, masks, structure and matches of a scene; see `RowMaker.make`."""
-        return self.rows.make(scene, key, schedule)
+        return self.rows.make({name: x[0] for name, x in scenes.items()}, key, schedule)
+
+    def follow(
+        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+    ) -> Params:
+        """The teacher as a moving average of the student, by `momentum`."""
+        return move_teacher(teacher, student, jnp.where(good, schedule["momentum"], 1.0))
 
     @jax.named_scope("losses")
     def targets(

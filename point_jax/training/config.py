@@ -25,7 +25,10 @@ HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
     *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
     *("data.held_out.sources", "data.held_out.scenes"),
+    *("probe.every", "probe.train_sources", "probe.test_sources", "probe.scenes", "probe.voxels"),
 )
+
+OPTIONAL = ("schedule",)  # sections that only some objectives read
 
 _POSITIVE, _COUNT = limits.number(above=0), limits.whole(1)
 _SHARES = limits.each(limits.PROBABILITY, "first", "last")
@@ -38,6 +41,7 @@ LIMITS = {
     "train.max_bad_steps": _COUNT,
     "optim.lr": _POSITIVE,
     "optim.lr_decay": limits.number(above=0, most=1),
+    "optim.block_lr": _POSITIVE,
     "optim.pct_start": limits.PROBABILITY,
     "optim.div": _POSITIVE,
     "optim.final_div": _POSITIVE,
@@ -81,6 +85,7 @@ def default_config() -> Config:
     config.optim = optim = ConfigDict()
     optim.lr = 0.004
     optim.lr_decay = 0.9  # from one block of the encoder to the one before it
+    optim.block_lr = 1.0  # factor of the learning rate of all blocks, of encoder and decoder
     optim.pct_start = 0.05
     optim.div = 10.0  # the first step's learning rate is lr / div
     optim.final_div = 1000.0  # the last step's is lr / div / final_div
@@ -191,6 +196,8 @@ def check_config(config: ConfigDict) -> None:
             wrong type or out of range.
     """
     wanted = default_config()
+    for section in set(OPTIONAL) - set(config):
+        del wanted[section]
     for place, default in _leaves(wanted.to_dict()):
         section, _, key = place.rpartition(".")
         node = cast(Any, config)

@@ -37,6 +37,7 @@ Batch = dict[str, np.ndarray]
 Values = dict[str, jax.Array]
 Step = Callable[..., tuple[State, Values]]
 WritePictures = Callable[[Any, Any, Path], None]
+Measure = Callable[[int, Any], Mapping[str, float]]
 
 FINISHED, FAILED = 0, 1  # exit codes; a run stopped by a signal gives 128 + its number
 
@@ -51,6 +52,7 @@ def train(
     make_batches: Callable[..., Iterator[Batch]],
     load_initial: Callable[[Path, Any], dict[str, Any]] = checkpoint.load_weights,
     prepare_pictures: Callable[[], WritePictures] | None = None,
+    prepare_measure: Callable[[], Measure] | None = None,
 ) -> int:
     """Trains an objective; starts, resumes or only reports, depending on what the folder holds.
 
@@ -60,7 +62,8 @@ def train(
     Args:
         config: the whole config; read here are `seed`, `init_from`, `train`, `checkpoint`, `data`.
         workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `pictures/`.
-        objective: has `init(key) -> student's parameters`; the rest is between it and `make_step`.
+        objective: has `init(key) -> (student, teacher)` and `scenes_per_row`; the rest is between
+            it and `make_step`.
         make_step: `(objective, config, mesh) -> step`, and `step(state, batch, schedule, key) ->
             (state, metrics)` is jitted. `batch` holds global arrays (B, ...) split over the mesh,
             `schedule` float32 scalars, `key` is the run's. `metrics` is a flat dict of float32
@@ -75,6 +78,9 @@ def train(
             pictures show. It gives a function that is called once at the end with the untrained
             teacher's parameters, the trained teacher's, and the folder. A run whose pictures fail
             says so and has finished.
+        prepare_measure: called by the first process before the first step, to load what it measures
+            on. It gives a function of (step, the teacher's parameters) that is called after every
+            step: what it returns joins the step's metrics, {} most of the time.
 
     Returns:
         0 when the run has finished; 143 or 130 when it was stopped by SIGTERM or Ctrl-C and saved.
@@ -88,7 +94,7 @@ def train(
         check_config(config)
         steps, scenes = config.train.steps, config.train.batch
         devices = mesh.data_mesh()
-        mesh.check_batch(scenes, devices)
+        mesh.check_batch(scenes, devices, objective.scenes_per_row)
         first = jax.process_index() == 0
         say = functools.partial(print, flush=True) if first else _ignore
         if first:
@@ -102,10 +108,11 @@ def train(
             return FINISHED
 
         # ---- What the run needs from elsewhere: other weights, a state, scenes.
-        write_pictures = None
-        if first and prepare_pictures is not None:
+        write_pictures = measure = None
+        if first:
             with _for_the_user():
-                write_pictures = prepare_pictures()
+                write_pictures = prepare_pictures() if prepare_pictures else None
+                measure = prepare_measure() if prepare_measure else None
         everywhere = mesh.replicated(devices)
         key = jax.jit(jax.random.key, out_shardings=everywhere)(np.uint32(config.seed))
         make_state = jax.jit(lambda key: init_state(objective, key), out_shardings=everywhere)
@@ -162,6 +169,8 @@ def train(
             line = {"loss": got["loss"], **got, **scheduled, **clock.lap(got["points"])}
             bad = got["bad_steps_in_a_row"]
             due = number % config.train.log_every == 0 or number in (1, steps) or bad > 0
+            due = due or number in measured
+            line |= measured.pop(number, {})
             if due and writer is not None:
                 writer.write(number, line)
             show(number, got)
@@ -169,6 +178,7 @@ def train(
                 raise TrainingStopped(_hopeless(bad, number, got, workdir))
 
         saved, pending = start, None
+        measured: dict[int, Mapping[str, float]] = {}  # by step
 
         def save(number: int) -> None:
             """Writes down everything up to a step: its metrics first, then its state."""
@@ -211,6 +221,11 @@ def train(
                 if pending is not None:
                     log(*pending)  # of the step before: the devices are busy with the next one
                 pending = number, values, scheduled
+                if measure is not None:
+                    with clock.paused():
+                        found = measure(number, state["teacher"])
+                    if found:
+                        measured[number] = found
                 if number % config.checkpoint.every == 0 or number == steps:
                     save(number)
             checkpoints.wait()
@@ -295,6 +310,12 @@ class _Clock:
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
 
     def lap(self, points: float) -> dict[str, float]:
         """Since the last lap: seconds, share of them spent waiting for data, points per second."""

@@ -81,16 +81,22 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(scenes: int, mesh: Mesh) -> None:
-    """A global batch must give every device the same number of scenes.
+def check_batch(scenes: int, mesh: Mesh, each: int = 1) -> None:
+    """A global batch must give every device the same number of rows.
+
+    Args:
+        scenes: of the global batch.
+        mesh: the devices.
+        each: scenes of a row.
 
     Raises:
         ConfigError: it does not.
     """
-    if scenes < 1 or scenes % mesh.size:
+    if scenes < 1 or scenes % (mesh.size * each):
         raise ConfigError(
-            f"config.train.batch={scenes} scenes cannot be shared equally by {mesh.size} devices; "
-            f"use a multiple of {mesh.size}"
+            f"config.train.batch={scenes} scenes cannot be shared equally by {mesh.size} devices"
+            f"{f' with {each} scenes a row' if each > 1 else ''}; "
+            f"use a multiple of {mesh.size * each}"
         )
 
 

@@ -1,4 +1,4 @@
-"""AdamW by PyTorch's rule on plain trees: layer-wise learning rates, clipping, the teacher's mean.
+"""AdamW by PyTorch's rule on plain trees: layer-wise learning rates, clipping.
 
 Written out instead of chained from optax because beta1 changes every step here and PyTorch
 corrects the bias with the current beta1, in float64: `1 - 0.999 ** 1` in float32 is off by 1e-5.
@@ -16,23 +16,27 @@ from jax.typing import ArrayLike
 Tree = Any  # nested dicts of arrays
 
 
-def layer_scales(params: Tree, decay: float) -> Tree:
+def layer_scales(params: Tree, decay: float, blocks: float = 1.0) -> Tree:
     """Learning-rate factors of every parameter: layer-wise decay over the encoder's blocks.
 
     Block b of encoder stage e, with `depth[s]` blocks in stage s, gets
     `decay ** (sum(depth) - sum(depth[:e]) - b - 1)`: 1 for the last block, less for earlier ones.
     Everything else (embedding, pooling, decoder, heads) gets 1, as in the original's recipe.
+    Blocks, the decoder's too, have the factor `blocks` besides.
 
     Args:
         params: the student's parameters. The blocks of a stage are stacked along the leading axis
             of the leaves under `params["backbone"]["enc"]["stage{e}"]["blocks"]`.
         decay: factor from one block to the one before it; 0.9 in Sonata.
+        blocks: factor of all blocks of encoder and decoder; 0.1 in Pointcept's segmentation.
 
     Returns:
         A tree like `params` of float32 NumPy arrays that broadcast against the leaves without
         changing their rank: (depth, 1, ...) for stacked blocks, (1, 1, ...) elsewhere.
     """
     scales = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, np.float32), params)
+    for stage in scales.get("backbone", {}).get("dec", {}).values():
+        stage["blocks"] = jax.tree.map(lambda one: one * np.float32(blocks), stage["blocks"])
     stages = params.get("backbone", {}).get("enc", {})
     depths = []
     while "blocks" in stages.get(f"stage{len(depths)}", {}):
@@ -40,7 +44,7 @@ def layer_scales(params: Tree, decay: float) -> Tree:
         depths.append(leaves[0].shape[0])
     for stage, depth in enumerate(depths):
         exponents = sum(depths) - sum(depths[:stage]) - np.arange(depth) - 1
-        factors = (np.float64(decay) ** exponents).astype(np.float32)
+        factors = (blocks * np.float64(decay) ** exponents).astype(np.float32)
         scales["backbone"]["enc"][f"stage{stage}"]["blocks"] = jax.tree.map(
             lambda leaf, factors=factors: factors.reshape((-1,) + (1,) * (leaf.ndim - 1)),
             stages[f"stage{stage}"]["blocks"],
@@ -117,11 +121,3 @@ def adamw(
 def in_place(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The same arrays, finished before anything reads them."""
     return jax.lax.optimization_barrier(arrays)
-
-
-def move_teacher(teacher: Tree, student: Tree, momentum: ArrayLike) -> Tree:
-    """The teacher's moving average: momentum * teacher + (1 - momentum) * student.
-
-    Written as a step towards the student, so that equal values stay exactly as they are.
-    """
-    return jax.tree.map(lambda t, s: t + (1.0 - momentum) * (s - t), teacher, student)

@@ -68,32 +68,20 @@ def one_cycle(
     return _half_cosine(peak, end, (step - top) / (last - top))
 
 
-def sonata_schedule(config: Config, total: int) -> Schedule:
-    """Everything that Sonata's recipe changes from step to step.
+def optimizer_schedule(config: Config, total: int) -> Schedule:
+    """What AdamW needs: Smith's one cycle, and the weight decay along half a cosine.
 
     Args:
-        config: the whole config; read are `config.optim` (learning rate, AdamW's beta1, weight
-            decay) and `config.schedule` (mask size and ratio, teacher temperature, momentum).
+        config: the whole config; read is `config.optim`.
         total: steps of the run.
 
     Returns:
         `step -> values` where `step` is the number of updates done so far (0 for the first) and
-        the values are `lr` (of everything outside the encoder's blocks; see
-        `optimizer.layer_scales` for the blocks), `beta1` (0.95 -> 0.85 -> 0.95: PyTorch's OneCycle
-        cycles it against the learning rate), `wd`, `mask_size` (metres), `mask_ratio`,
-        `teacher_temp` and `momentum` (of the teacher's moving average).
+        the values are `lr` (see `optimizer.layer_scales` for the blocks'), `beta1` (0.95 -> 0.85 ->
+        0.95: PyTorch's OneCycle cycles it against the learning rate) and `wd`.
     """
-    optim, schedule = config.optim, config.schedule
+    optim = config.optim
     lr, div = float(optim.lr), float(optim.div)
-    warmup = int(total * schedule.warmup)
-
-    def ramp(step: int, ends: tuple[float, float]) -> float:
-        first, last = map(float, ends)
-        return warmup_cosine(step, total, start=first, base=last, final=last, warmup=warmup)
-
-    def glide(step: int, ends: tuple[float, float]) -> float:
-        first, last = map(float, ends)
-        return warmup_cosine(step, total, start=first, base=first, final=last)
 
     def values(step: int) -> dict[str, float]:
         def cycle(start: float, peak: float, end: float) -> float:
@@ -103,11 +91,44 @@ def sonata_schedule(config: Config, total: int) -> Schedule:
         return {
             "lr": cycle(lr / div, lr, lr / div / optim.final_div),
             "beta1": cycle(optim.beta1_high, optim.beta1_low, optim.beta1_high),
-            "wd": glide(step, (optim.wd, optim.wd_final)),
-            "mask_size": ramp(step, schedule.mask_size),
-            "mask_ratio": ramp(step, schedule.mask_ratio),
-            "teacher_temp": ramp(step, schedule.teacher_temp),
-            "momentum": glide(step, schedule.momentum),
+            "wd": _glide(step, total, (optim.wd, optim.wd_final)),
         }
 
     return values
+
+
+def sonata_schedule(config: Config, total: int) -> Schedule:
+    """Everything that Sonata's recipe changes from step to step.
+
+    Args:
+        config: the whole config; read are `config.optim` and `config.schedule`.
+        total: steps of the run.
+
+    Returns:
+        `step -> values`: those of `optimizer_schedule`, `mask_size` (metres), `mask_ratio`,
+        `teacher_temp` and `momentum` (of the teacher's moving average).
+    """
+    schedule = config.schedule
+    warmup = int(total * schedule.warmup)
+    optimizer = optimizer_schedule(config, total)
+
+    def ramp(step: int, ends: tuple[float, float]) -> float:
+        first, last = map(float, ends)
+        return warmup_cosine(step, total, start=first, base=last, final=last, warmup=warmup)
+
+    def values(step: int) -> dict[str, float]:
+        return {
+            **optimizer(step),
+            "mask_size": ramp(step, schedule.mask_size),
+            "mask_ratio": ramp(step, schedule.mask_ratio),
+            "teacher_temp": ramp(step, schedule.teacher_temp),
+            "momentum": _glide(step, total, schedule.momentum),
+        }
+
+    return values
+
+
+def _glide(step: int, total: int, ends: tuple[float, float]) -> float:
+    """Along half a cosine over the whole run."""
+    first, last = map(float, ends)
+    return warmup_cosine(step, total, start=first, base=first, final=last)

@@ -1,8 +1,8 @@
 """The training step: one jitted `shard_map` from scenes to new parameters.
 
-Each device makes the rows of its scenes, the teacher's targets are settled across devices
-(Sinkhorn's sums), the loss is differentiated piece by piece, and one sum over the mesh joins
-gradients and statistics.
+Each device makes the rows of its scenes, the targets are settled across devices (Sinkhorn's sums,
+how many points have a label), the loss is differentiated piece by piece, and one sum over the mesh
+joins gradients and statistics.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from point_jax.objectives.interface import Objective
 from point_jax.training.config import Config
-from point_jax.training.optimizer import adamw, clip_by_global_norm, layer_scales, move_teacher
+from point_jax.training.optimizer import adamw, clip_by_global_norm, layer_scales
 from point_jax.training.state import State
 
 AXIS = "data"
@@ -27,7 +27,7 @@ def make_train_step(
 
     Args:
       objective: what to learn.
-      config: read is `optim` (lr_decay, clip, beta2, eps).
+      config: read is `optim` (lr_decay, block_lr, clip, beta2, eps).
       mesh: one axis, `data`.
 
     Returns:
@@ -40,15 +40,16 @@ def make_train_step(
 
     def gradients(student, teacher, batch, key, schedule):
         """Gradient of the mean loss over the global batch, its rows, and sums for the metrics."""
-        scenes = batch["count"].shape[0]
-        slot = jax.lax.axis_index(AXIS) * scenes + jnp.arange(scenes)
-        scene_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), slot)
+        count = batch["count"].shape[0] // objective.scenes_per_row
+        batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+        slot = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+        row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), slot)
         pass_key = jax.random.fold_in(key, 1)
 
         def prepare(this):
             return objective.prepare(this[0], this[1], schedule)
 
-        rows, stats = jax.lax.map(prepare, (batch, scene_keys))
+        rows, stats = jax.lax.map(prepare, (batch, row_keys))
         stats = jax.tree.map(lambda x: x.sum(0), stats)
         targets = objective.targets(teacher, rows, pass_key, schedule, AXIS)
 
@@ -89,13 +90,12 @@ def make_train_step(
             lr=schedule["lr"],
             beta1=schedule["beta1"],
             wd=schedule["wd"],
-            scales=layer_scales(state["student"], optim.lr_decay),
+            scales=layer_scales(state["student"], optim.lr_decay, optim.block_lr),
             beta2=optim.beta2,
             eps=optim.eps,
             good=good,
         )
-        momentum = jnp.where(good, schedule["momentum"], 1.0)
-        teacher = move_teacher(state["teacher"], student, momentum)
+        teacher = objective.follow(state["teacher"], student, schedule, good)
         new: State = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
         failed = jnp.where(good, 0, 1).astype(jnp.int32)
         new["step"] = state["step"] + 1
