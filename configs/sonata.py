@@ -18,6 +18,7 @@ is.
 """
 
 from point_jax.data.pipeline import default_data
+from point_jax.evaluation.progress import default_probe
 from point_jax.objectives.settings import default_network, default_objective, default_views
 from point_jax.training.config import Config, default_config
 
@@ -29,6 +30,7 @@ def get_config(arg: str = "base") -> Config:
     config.views = default_views()
     config.objective = default_objective()
     config.data = default_data()
+    config.probe = default_probe()
     _rooms(config)
     sizes = {"base": _base, "small": _small, "tiny": _tiny}
     if arg not in sizes:

@@ -9,13 +9,16 @@ line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
 from point_jax.data.scenes import Scene
+from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
 from point_jax.interop.initial import initial_weights
 from point_jax.objectives.settings import make_sonata
@@ -54,7 +57,29 @@ def main(argv: Sequence[str]) -> int:
         make_batches=make_batches,
         load_initial=initial_weights,
         prepare_pictures=lambda: Pictures(objective.spec, held_out(config.data)),
+        prepare_measure=lambda: Probe(objective.spec, config.probe),
     )
+
+
+class Probe:
+    """Measures how well the teacher's features separate classes, every so many steps."""
+
+    def __init__(self, spec: SonataSpec, section: Any) -> None:
+        self._probe, self._every = load_probe(section), section.every
+        self._network, self._grid_size = spec.network, spec.views.grid_size
+        self._encoder: Encoder | None = None
+
+    def __call__(self, step: int, teacher: Any) -> Mapping[str, float]:
+        """The probes' scores; none if it is not their turn."""
+        if self._probe is None or step % self._every:
+            return {}
+        params = jax.tree.map(lambda x: x.addressable_data(0), teacher["backbone"])
+        if self._encoder is None:
+            self._encoder = Encoder(self._network, params, self._grid_size)
+        try:
+            return self._probe.measure(self._encoder.with_params(params))
+        except FloatingPointError:  # the loop tells of steps that are not finite, and ends the run
+            return {}
 
 
 class Pictures:

@@ -1,0 +1,1 @@
+"""What features are worth: scores, probes, votes, and the tables that tell it."""

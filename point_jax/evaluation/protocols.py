@@ -1,0 +1,181 @@
+"""Protocols: how labels are used to turn an encoder into a predictor.
+
+`ridge` and `knn` are closed forms. The others train a segmentation with the trainer of the
+pretraining: same loop, checkpoints, resume, meshes.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from point_jax.data.pipeline import make_batches
+from point_jax.data.scenes import Scene
+from point_jax.evaluation.candidates import Candidate
+from point_jax.evaluation.features import EncoderFeatures, LabelledVoxels, RawFeatures
+from point_jax.evaluation.knn import KnnPredictor, collect_neighbours
+from point_jax.evaluation.predict import LinearPredictor, Predictor
+from point_jax.evaluation.ridge import fit_ridge
+from point_jax.features.encoder import Encoder
+from point_jax.features.voxels import Voxels
+from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.segmentation import Segmentation
+from point_jax.objectives.settings import PROTOCOLS, make_segmentation
+from point_jax.training import checkpoint, mesh
+from point_jax.training.config import Config
+from point_jax.training.loop import FINISHED, train
+from point_jax.training.schedules import optimizer_schedule
+from point_jax.training.state import init_state
+from point_jax.training.step import make_train_step
+
+CLOSED_FORMS = ("ridge", "knn")
+TRAINED = tuple(PROTOCOLS)
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class DecoderFeatures:
+    """The finest features of a network with a decoder.
+
+    Attributes:
+      encoder: the network.
+    """
+
+    encoder: Encoder
+
+    @property
+    def channels(self) -> int:
+        """C, the channels of the decoder's last stage."""
+        return self.encoder.spec.decoder[0].channels
+
+    def __call__(self, clouds: Sequence[Voxels]) -> Iterator[np.ndarray]:
+        """(V, C) float32 for each cloud, in their order, lazily."""
+        for features in self.encoder.encode_voxels(clouds):
+            yield features.decoder().at_voxels()
+
+
+def closed_form(
+    protocol: str, candidate: Candidate, scenes: Sequence[Scene], classes: int, seed: int
+) -> Predictor:
+    """A predictor fitted in one pass over the training scenes.
+
+    Args:
+      protocol: one of `CLOSED_FORMS`.
+      candidate: what gives the features.
+      scenes: training scenes with labels.
+      classes: K.
+      seed: of an untrained encoder, and of which voxels neighbours are looked for among.
+    """
+    extractor = candidate.extractor(seed)
+    data = LabelledVoxels(extractor, scenes, candidate.grid_size)
+    if protocol == "ridge":
+        return fit_ridge(data, classes).predictor(extractor)
+    return KnnPredictor(extractor, collect_neighbours(data, classes, seed=seed))
+
+
+class Stopped(Exception):
+    """A training was stopped by a signal and saved.
+
+    Attributes:
+      code: the exit code that says so.
+    """
+
+    def __init__(self, code: int):
+        super().__init__(f"stopped, exit code {code}")
+        self.code = code
+
+
+def trained(
+    protocol: str,
+    candidate: Candidate,
+    config: Config,
+    classes: int,
+    workdir: Path,
+    change: Callable[[Scene], Scene],
+) -> Predictor:
+    """A predictor trained in a folder, where it goes on if it was stopped.
+
+    Args:
+      protocol: one of `TRAINED`.
+      candidate: the encoder that it starts from; `scratch` keeps its shape alone.
+      config: the whole config; `crops.grid_size` is the candidate's.
+      classes: K.
+      workdir: of the run.
+      change: what is done to every training scene.
+
+    Raises:
+      Stopped: by a signal.
+      ConfigError: a value that does not fit.
+    """
+    objective = make_segmentation(config, protocol, classes, candidate.network)
+    start = None if protocol == SCRATCH else candidate.params
+    code = train(
+        config,
+        workdir,
+        objective=objective,
+        make_step=make_train_step,
+        make_schedule=optimizer_schedule,
+        make_batches=functools.partial(make_batches, change=change),
+        load_initial=functools.partial(_initial, start),
+    )
+    if code != FINISHED:
+        raise Stopped(code)
+    student, teacher = _result(objective, workdir)
+    head, backbone = student["head"], objective.whole(student, teacher)
+    return _predictor(objective, candidate, backbone, head)
+
+
+def _initial(
+    params: Mapping[str, Any] | None, source: Path, template: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The encoder's weights, to those parts of student and teacher that hold them."""
+    given: dict[str, Any] = {}
+    for part, tree in template.items():
+        wanted = tree.get("backbone", {})
+        there = {name: params[name] for name in wanted if params and name in params}
+        own = {name: wanted[name] for name in there}
+        checkpoint.compare_trees(source, there, own)
+        placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), there, own)
+        given[part] = {"backbone": placed} if placed else {}
+    return given
+
+
+def _result(objective: Segmentation, workdir: Path) -> tuple[Any, Any]:
+    """Student and teacher of a finished run, on this process's first device."""
+    everywhere = mesh.replicated(mesh.data_mesh())
+    state = jax.eval_shape(lambda key: init_state(objective, key), jax.random.key(0))
+    template = {
+        part: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            state[part],
+        )
+        for part in ("student", "teacher")
+    }
+    found = checkpoint.load_weights(workdir, template)
+    found = jax.tree.map(lambda leaf: leaf.addressable_data(0), found)
+    return found["student"], found["teacher"]
+
+
+def _predictor(
+    objective: Segmentation, candidate: Candidate, backbone: Any, head: Any
+) -> LinearPredictor:
+    kernel, bias = np.asarray(head["kernel"]), np.asarray(head["bias"])
+    if candidate.network is None:
+        return LinearPredictor(RawFeatures(), kernel, bias)
+    network: PTv3Spec = objective.trunk.spec  # pyright: ignore[reportAttributeAccessIssue]
+    encoder = Encoder(network, backbone, candidate.grid_size)
+    if network.decoder:
+        return LinearPredictor(DecoderFeatures(encoder), kernel, bias)
+    return LinearPredictor(EncoderFeatures(encoder), kernel, bias)
+
+
+def with_grid(config: Config, grid_size: float) -> Config:
+    """A copy of the config with the grid of an encoder settled."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.crops.grid_size = grid_size
+    return copy

@@ -1,0 +1,81 @@
+"""The robustness table: what is left with less to go by.
+
+Every row is a ridge probe (seconds, nothing to tune) of the same frozen encoder. Without colours or
+normals it is fitted anew and tested without them; with few labels it is fitted to those; single
+frames are seen by the probe of whole scenes, as a robot would.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from point_jax.data.scenes import Scene
+from point_jax.evaluation.candidates import Candidate
+from point_jax.evaluation.classes import Classes
+from point_jax.evaluation.labelled_scenes import LabelledScenes, framed_scenes
+from point_jax.evaluation.modalities import thin_labels, without
+from point_jax.evaluation.partial import Axes, views
+from point_jax.evaluation.predict import Predictor
+from point_jax.evaluation.protocols import closed_form
+from point_jax.evaluation.report import Condition
+from point_jax.evaluation.scoring import score
+
+PROTOCOL = "ridge"
+MISSING: dict[str, tuple[Any, ...]] = {
+    "no colour": ("color",),
+    "no normals": ("normal",),
+    "neither": ("color", "normal"),
+}
+SHARES = (0.01, 0.05, 0.1, 0.2)
+FRAMES: dict[str, Axes] = {
+    "one frame, scene axes": "scene",
+    "one frame, camera's place and heading, gravity down": "upright",
+    "one frame, camera axes": "camera",
+}
+
+
+def robustness(
+    candidate: Candidate,
+    train: LabelledScenes,
+    test: LabelledScenes,
+    test_entries: Sequence[Mapping[str, Any]],
+    classes: Classes,
+    seed: int,
+    say: Callable[[str], object] = lambda text: None,
+) -> Iterator[Condition]:
+    """The rows, one after the other; frames only where test folders say what their images see.
+
+    Args:
+      candidate: the encoder.
+      train, test: the scenes.
+      test_entries: the config's sources of the test scenes.
+      classes: of the labels.
+      seed: of an untrained encoder, and of which labels are kept.
+      say: told of every condition.
+    """
+
+    def fit(scenes: Sequence[Scene]) -> Predictor:
+        return closed_form(PROTOCOL, candidate, scenes, len(classes), seed)
+
+    def row(condition: str, predict: Predictor, scenes: Sequence[Scene]) -> Condition:
+        say(condition)
+        found = score(predict, scenes, classes, candidate.grid_size)["full"]
+        return Condition(condition, candidate.name, PROTOCOL, seed, found)
+
+    whole = fit(train)
+    yield row("everything", whole, test)
+    for name, missing in MISSING.items():
+        drop = partial(_without, missing)
+        yield row(name, fit(train.with_change(drop)), test.with_change(drop))
+        yield row(f"{name}, in the test alone", whole, test.with_change(drop))
+    for share in SHARES:
+        thin = partial(thin_labels, share=share, seed=seed)
+        yield row(f"{share:.0%} of the labels", fit(train.with_change(thin)), test)
+    framed = framed_scenes(test_entries)
+    for name, axes in FRAMES.items() if framed else ():
+        parts = [part for scene, frames in framed for part in views(scene, frames, axes)]
+        yield row(name, whole, parts)
+
+
+def _without(names: tuple[Any, ...], scene: Scene) -> Scene:
+    return without(scene, *names)

@@ -1,0 +1,135 @@
+"""The evaluation command on tiny rooms: what it writes, what it refuses, and that it repeats."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import small_config
+
+from configs import segmentation
+from launch import command, evaluate
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEC = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
+KEYS = {"mIoU", "mAcc", "allAcc", "per_class", "protocol", "encoder", "seed"}
+
+
+def get_config(arg="protocol=linear"):
+    """For `--config=tests/test_evaluate.py:protocol=NAME`: a few steps on tiny rooms."""
+    config = segmentation.get_config(f"data=rooms,encoder=tiny,{arg}")
+    small = small_config()
+    config.network = small.network
+    config.decoder.depths = (1,)
+    config.crops.grid_size = 0.1
+    config.crops.max_size = 128
+    config.crops.geometry.elastic = ()
+    config.objective.shares = (1.0, 0.6)
+    config.train.batch, config.train.steps, config.train.log_every = 2, 3, 1
+    config.data.scene_points = 256
+    config.data.sources = ({"kind": "rooms", "seeds": (0, 3), "spec": SPEC},)
+    config.test.sources = ({"kind": "rooms", "seeds": (5, 7), "spec": SPEC},)
+    config.test.floors = False
+    return config
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def run(workdir, protocol, encoder, *arguments):
+    """The command in this process: its exit code."""
+    config = f"--config=tests/test_evaluate.py:protocol={protocol}"
+    argv = ["evaluate", config, f"--encoder={encoder}", f"--workdir={workdir}", *arguments]
+    return command.run(evaluate.main, argv, None)
+
+
+def results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+def check(found, protocol, encoder):
+    assert found.keys() >= KEYS
+    assert (found["protocol"], found["encoder"], found["seed"]) == (protocol, encoder, 0)
+    assert 0 < found["mIoU"] <= 1 and 0 < found["mAcc"] <= 1 and 0 < found["allAcc"] <= 1
+    known = [iou for iou in found["per_class"].values() if iou is not None]
+    assert found["mIoU"] == pytest.approx(np.mean(known))
+    assert set(found["train_scenes"]).isdisjoint(found["test_scenes"])
+
+
+def test_a_trained_probe_goes_on_repeats_and_has_floors(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert run(whole, "linear", "random", "--config.test.floors=True") == 0
+    found = results(whole)
+    check(found, "linear", "random")
+    (floor,) = found["floors"]
+    assert floor["encoder"] == "raw" and floor["mIoU"] > 0
+    assert -1 < found["shortcut"]["explained"] <= 1
+    table = (whole / "results.md").read_text()
+    assert "| random | linear |" in table and "| raw | linear |" in table
+    # A second start finds the training finished and says the same.
+    assert run(broken, "linear", "random") == 0
+    first = results(broken)
+    assert run(broken, "linear", "random") == 0
+    assert results(broken) == first
+    assert first["per_class"] == found["per_class"]
+
+
+def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path):
+    assert run(tmp_path, "scratch", "random", "--config.test.votes=True") == 0
+    found = results(tmp_path)
+    check(found, "scratch", "random")
+    assert set(found["resolution"]) == {"voxel", "full", "voted"}
+
+
+def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint):
+    for protocol in ("ridge", "knn", "lora"):
+        workdir = tmp_path / protocol
+        assert run(workdir, protocol, checkpoint) == 0
+        found = results(workdir)
+        check(found, protocol, str(checkpoint))
+        assert found["steps"] == 2 and found["checkpoint"] == str(checkpoint)
+    assert run(tmp_path / "first", "ridge", checkpoint / "checkpoints" / "1") == 0
+    assert results(tmp_path / "first")["steps"] == 1
+
+
+def test_robustness_tells_what_is_missing(tmp_path):
+    assert run(tmp_path, "ridge", "raw", "--config.test.robustness=True") == 0
+    found = results(tmp_path)
+    conditions = {row["condition"]: row["mIoU"] for row in found["robustness"]}
+    assert conditions["everything"] == found["mIoU"]
+    assert {"no colour", "no normals", "neither", "1% of the labels"} <= conditions.keys()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A run of the pretraining, two steps."""
+    from launch import train
+
+    workdir = tmp_path_factory.mktemp("pretraining")
+    rotary = "--config.network.rotary_base=0.0"
+    argv = ["train", "--config=tests/small.py", f"--workdir={workdir}", rotary]
+    argv += ["--config.train.steps=2", "--config.checkpoint.every=1"]
+    argv += ["--config.data.held_out.scenes=0"]
+    assert command.run(train.main, argv, None) == 0
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("protocol", "encoder", "arguments", "words"),
+    [
+        ("linear", "", (), "--encoder=DIR, --encoder=random or --encoder=raw"),
+        ("linear", "nowhere", (), "nowhere: no such folder"),
+        ("decoder", "raw", (), "without a network there is only the linear protocol"),
+        ("lineer", "raw", (), "protocol=lineer: expected one of linear"),
+        ("linear", "raw", ("--config.labels.share=0",), "config.labels.share is 0"),
+        ("linear", "raw", ("--config.labels.classes=ade",), "config.labels.classes is 'ade'"),
+        ("linear", "raw", ("--config.crops.max_size=4",), "config.crops.max_size is 4, expected"),
+        ("linear", "raw", ("--config.train.batch=3",), "with 2 scenes a row"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path, capsys, protocol, encoder, arguments, words):
+    assert run(tmp_path, protocol, encoder, *arguments) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], errors
