@@ -231,7 +231,8 @@ def checksums(state: Mapping[str, Tree]) -> dict[str, jax.Array]:
 
     def part(tree: Tree) -> jax.Array:
         # One long array: a loop for every leaf took longer to compile than a step to run.
-        mixed = jnp.concatenate([bits(leaf) for leaf in jax.tree.leaves(tree)])
+        nothing = jnp.zeros(0, jnp.uint32)  # of a part without arrays
+        mixed = jnp.concatenate([nothing, *(bits(leaf) for leaf in jax.tree.leaves(tree))])
         mixed ^= jax.lax.iota(jnp.uint32, mixed.size) * jnp.uint32(0x9E3779B9)
         for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
             mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
