@@ -122,6 +122,8 @@ class Evaluation:
             test_scenes=_names(self.test),
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
+            label_share=self.config.labels.share,
+            train_steps=None if protocol in CLOSED_FORMS else self.config.train.steps,
             shortcut=self.shortcut(extractor, candidate),
         )
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from point_jax.visual import pca, pictures, render
+from point_jax.visual import axes, pca, pictures, render
 from point_jax.visual.camera import MARGIN, look
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -371,7 +371,7 @@ class TestCurves:
     @settings(deadline=None)
     @given(low=st.floats(-1e6, 1e6), span=st.floats(1e-4, 1e6))
     def test_ticks_are_few_inside_the_axis_and_told_apart(self, low: float, span: float):
-        values, labels = pictures._ticks(low, low + span, 5)
+        values, labels = axes.ticks(low, low + span, 5)
         assert 2 <= len(values) <= 6
         slack = 1e-6 * span + 1e-9 * abs(low)
         assert values[0] >= low - slack

@@ -12,21 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from point_jax.visual import render
+from point_jax.visual.axes import FAINT, GRID, INK, PAGE, PALETTE, axis_limits, polyline, ticks
 from point_jax.visual.pca import fit_pca_colors
 
-PAGE = (255, 255, 255)
-INK = (34, 38, 46)
-FAINT = (112, 119, 130)
-GRID = (228, 231, 236)
-# Okabe and Ito's colours, told apart with any colour vision; yellow left out: too pale for a line.
-PALETTE = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (90, 90, 90),
-)
 GAP = 12
 
 
@@ -239,37 +227,6 @@ def _running_average(values: NDArray[np.float64], window: int) -> NDArray[np.flo
     return np.where(known, values, np.nan)
 
 
-def _ticks(low: float, high: float, count: int) -> tuple[list[float], list[str]]:
-    """Round numbers that cover [low, high], at most about `count` of them, and their labels."""
-    raw = max(high - low, 1e-12) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    values = [i * step for i in range(first, last + 1)]
-    return values, [_label(value, step, max(map(abs, values), default=0.0)) for value in values]
-
-
-def _label(value: float, step: float, largest: float) -> str:
-    """The text of one tick of an axis: 0.25, 1,500, 120k, 1.5e-4."""
-    if abs(value) < 1e-6 * step:
-        return "0"
-    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= 10 * unit:
-            return f"{value / unit:.6g}{suffix}"
-    if largest < 1e-3:
-        mantissa, exponent = f"{value:.5e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    decimals = next((d for d in range(12) if math.isclose(round(step, d), step)), 12)
-    return f"{value:,.{decimals}f}"
-
-
-def _limits(values: NDArray[np.float64]) -> tuple[float, float]:
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
-    return (0.0 if 0.0 <= low < 0.2 * high else low - room), high + room
-
-
 def _chart(lines: Mapping[str, NDArray[np.float64]], size: tuple[int, int]) -> Image.Image:
     """One chart; drawn at three times its size and reduced, since Pillow's lines are jagged."""
     s = 3
@@ -279,7 +236,7 @@ def _chart(lines: Mapping[str, NDArray[np.float64]], size: tuple[int, int]) -> I
     small = ImageFont.load_default(12 * s)
     left, right, top, bottom = 62 * s, width - 18 * s, 34 * s, height - 42 * s
     everything = np.concatenate(list(lines.values()))
-    y_low, y_high = _limits(everything[:, 1])
+    y_low, y_high = axis_limits(everything[:, 1])
     x_low, x_high = everything[:, 0].min(), everything[:, 0].max()
     x_high = x_high if x_high > x_low else x_low + 1.0
 
@@ -288,11 +245,11 @@ def _chart(lines: Mapping[str, NDArray[np.float64]], size: tuple[int, int]) -> I
         y = bottom - (points[:, 1] - y_low) / (y_high - y_low) * (bottom - top)
         return np.stack([x, y], axis=1)
 
-    for value, text in zip(*_ticks(y_low, y_high, 5), strict=True):
+    for value, text in zip(*ticks(y_low, y_high, 5), strict=True):
         y = place(np.array([[x_low, value]]))[0, 1]
         draw.line([(left, y), (right, y)], GRID, s)
         draw.text((left - 7 * s, y), text, FAINT, small, anchor="rm")
-    for value, text in zip(*_ticks(x_low, x_high, 5), strict=True):
+    for value, text in zip(*ticks(x_low, x_high, 5), strict=True):
         x = place(np.array([[value, y_low]]))[0, 0]
         draw.line([(x, bottom), (x, bottom + 4 * s)], FAINT, s)
         draw.text((x, bottom + 7 * s), text, FAINT, small, anchor="mt")
@@ -304,10 +261,10 @@ def _chart(lines: Mapping[str, NDArray[np.float64]], size: tuple[int, int]) -> I
         strong = points
         if len(points) >= 100:
             pale = tuple(int(0.3 * c + 0.7 * 255) for c in color)
-            _polyline(draw, place(points), pale, s)
+            polyline(draw, place(points), pale, s)
             strong = points.copy()
             strong[:, 1] = _running_average(points[:, 1], len(points) // 50)
-        _polyline(draw, place(strong), color, 2 * s)
+        polyline(draw, place(strong), color, 2 * s)
         draw.rounded_rectangle((x, 15 * s, x + 14 * s, 18 * s), s, color)
         draw.text((x + 20 * s, 17 * s), name, INK, ImageFont.load_default(14 * s), anchor="lm")
         x += 40 * s + draw.textlength(name, ImageFont.load_default(14 * s))
@@ -316,22 +273,3 @@ def _chart(lines: Mapping[str, NDArray[np.float64]], size: tuple[int, int]) -> I
 
 def _cycle(count: int) -> list[tuple[int, int, int]]:
     return [PALETTE[i % len(PALETTE)] for i in range(count)]
-
-
-def _polyline(
-    draw: ImageDraw.ImageDraw,
-    points: NDArray[np.float64],
-    color: tuple[int, ...],
-    width: int,
-) -> None:
-    """A line through (m, 2) pixels, broken where a value is not finite; a lone point is a dot."""
-    known = np.isfinite(points[:, 1])
-    for run in np.split(np.arange(len(points)), np.flatnonzero(np.diff(known)) + 1):
-        if not len(run) or not known[run[0]]:
-            continue
-        path = [(float(x), float(y)) for x, y in points[run]]
-        if len(path) == 1:
-            (x, y), r = path[0], 1.5 * width
-            draw.ellipse((x - r, y - r, x + r, y + r), color)
-        else:
-            draw.line(path, color, width, joint="curve")
