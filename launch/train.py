@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
@@ -22,9 +23,9 @@ from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
 from point_jax.interop.initial import initial_weights
 from point_jax.objectives.settings import make_sonata
-from point_jax.objectives.sonata import SonataSpec
+from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.training import config as config_lib
-from point_jax.training import loop, mesh, metrics, schedules
+from point_jax.training import loop, mesh, metrics, programs, schedules
 from point_jax.training.step import make_train_step
 from point_jax.visual.pictures import FeatureScene, curves, feature_picture
 
@@ -52,13 +53,20 @@ def main(argv: Sequence[str]) -> int:
         config,
         Path(workdir),
         objective=objective,
-        make_step=make_train_step,
+        make_step=make_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
         load_initial=initial_weights,
         prepare_pictures=lambda: Pictures(objective.spec, held_out(config.data)),
         prepare_measure=lambda: Probe(objective.spec, config.probe),
     )
+
+
+def make_step(objective: Sonata, config: config_lib.Config, devices: Mesh) -> Any:
+    """The training step; on CPUs its program is kept for the next start."""
+    step = make_train_step(objective, config, devices)
+    optim = config.optim.copy_and_resolve_references().to_dict()
+    return programs.keep(step, objective.spec, optim)
 
 
 class Probe:

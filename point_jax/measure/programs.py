@@ -53,6 +53,8 @@ class Program:
       carries: whether the first argument of a call is the first result of the call before.
       parameters: bytes of the network's parameters (the whole state in training).
       work: operations of a call by part, the mean over the calls of these numbers (from 0).
+      settings: what the function is made from, where the command that uses it keeps its program
+        for the next start (`training.programs`).
     """
 
     function: Any
@@ -63,6 +65,7 @@ class Program:
     carries: bool = False
     parameters: int = 0
     work: Callable[[Sequence[int]], dict[str, Work]] = field(default=_no_work)
+    settings: tuple[Any, ...] = ()
 
 
 def row_capacities(grid: np.ndarray, levels: int) -> tuple[int, ...]:
@@ -160,6 +163,7 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
         carries=True,
         parameters=_bytes(state),
         work=work,
+        settings=(spec, config.optim.copy_and_resolve_references().to_dict()),
     )
 
 

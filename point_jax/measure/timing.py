@@ -1,5 +1,6 @@
 """Times of a program: making it, starting it again, running it; and of the machine."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+
+from point_jax.training import programs
 
 CALIBRATION = 2048  # edge of the matrices
 _TRIES = 5
@@ -93,3 +96,20 @@ def _configure(values: dict[str, Any]) -> None:
     for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # it remembers its folder
+
+
+def start_kept(function: Any, settings: tuple[Any, ...], arguments: tuple[Any, ...]) -> float:
+    """Seconds to start a program that `training.programs` has kept.
+
+    Returns:
+      NaN where nothing is kept of it: not on a CPU, several processes, no cache.
+    """
+    took = math.nan
+    for _ in range(2):  # the first time it is made
+        jax.clear_caches()
+        start = time.perf_counter()
+        program = programs.keep(function, *settings)
+        if not isinstance(program, programs.Kept) or program.prepare(*arguments) is function:
+            return math.nan
+        took = time.perf_counter() - start
+    return took
