@@ -16,19 +16,26 @@ it was stopped; then writes results.json and results.md there. Exit codes as of 
   --config.labels.share=0.1       with a tenth of the labels
 """
 
-import functools
+import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from launch import command
 from point_jax import limits
 from point_jax.data.scenes import Scene
-from point_jax.evaluation.candidates import Candidate, find, floors
+from point_jax.evaluation.candidates import Candidate, find, floors, untrained
 from point_jax.evaluation.features import Extractor
-from point_jax.evaluation.labelled_scenes import LabelledScenes, class_names, labelled_scenes
+from point_jax.evaluation.labelled_scenes import (
+    check_apart,
+    check_labels,
+    class_names,
+    identities,
+    labelled_scenes,
+)
 from point_jax.evaluation.modalities import thin_labels
 from point_jax.evaluation.predict import Predictor
 from point_jax.evaluation.protocols import (
@@ -44,15 +51,18 @@ from point_jax.evaluation.report import Condition, Report, Result, as_markdown, 
 from point_jax.evaluation.robustness import robustness
 from point_jax.evaluation.scoring import score
 from point_jax.evaluation.shortcut import measure_shortcut, surfaces
+from point_jax.training import checkpoint, mesh
 from point_jax.training import config as config_lib
-from point_jax.training import mesh
 from point_jax.training.config import Config, ConfigError
 
 FLAG = "--encoder="
 SECTION_LIMITS = {
     "test.first_grid": limits.number(0),
     "labels.share": limits.number(above=0, most=1),
+    "crops.grid_size": limits.number(0),
 }
+# What a result does not depend on, or what it says in other words.
+NOT_SETTINGS = ("about", "seed", "protocol", "init_from", "checkpoint", "test", "tree")
 
 
 class Evaluation:
@@ -60,36 +70,65 @@ class Evaluation:
 
     def __init__(self, config: Config, workdir: Path):
         self.config, self.workdir = config, workdir
+        if "protocol" not in config:
+            raise ConfigError("the config is none of configs/segmentation.py's: it has no protocol")
+        config_lib.check_config(config)
         self.protocol = config.protocol
         if self.protocol not in TRAINED + CLOSED_FORMS:
             known = ", ".join(TRAINED + CLOSED_FORMS)
             raise ConfigError(f"config.protocol is {self.protocol!r}, expected one of {known}")
-        limits.check(
-            {"test.first_grid": config.test.first_grid, "labels.share": config.labels.share},
-            SECTION_LIMITS,
-            "config.",
-        )
-        self.data = dict(part.split("=") for part in config.about.split(","))["data"]
-        self.classes = class_names(config.data.sources, config.labels.classes)
-        thin = functools.partial(thin_labels, share=config.labels.share, seed=config.seed)
-        self.change = thin if config.labels.share < 1 else _unchanged
-        self.train = labelled_scenes(config.data.sources, "data.sources").with_change(self.change)
-        self.test = labelled_scenes(config.test.sources, "test.sources")
+        for place, limit in SECTION_LIMITS.items():
+            section, key = place.split(".")
+            limits.check({key: config[section][key]}, {key: limit}, f"config.{section}.")
+        train, test = config.data.sources, config.test.sources
+        self.train = labelled_scenes(train, "data.sources")
+        self.test = labelled_scenes(test, "test.sources")
+        check_apart(train, test)
+        self.classes = class_names((*train, *test), config.labels.classes)
+        self.train = self.train.with_change(self.change)
+        if not config.test.submission:
+            self.test = self.test.with_change(self._checked)
         self.say = print if jax.process_index() == 0 else _quiet
+
+    def _checked(self, scene: Scene) -> Scene:
+        return check_labels(scene, len(self.classes))
+
+    def change(self, scene: Scene) -> Scene:
+        """A training scene with as many of its labels as are to be learned from."""
+        scene, share = self._checked(scene), self.config.labels.share
+        return scene if share == 1 else thin_labels(scene, share, self.config.seed)
 
     def predictor(self, candidate: Candidate, protocol: str, workdir: Path) -> Predictor:
         """What the protocol makes of a candidate and the training labels."""
         if protocol in CLOSED_FORMS:
             return closed_form(protocol, candidate, self.train, len(self.classes), self.config.seed)
-        config = with_grid(self.config, candidate.grid_size)
-        if protocol != SCRATCH and candidate.checkpoint is not None:
-            with config.unlocked():
-                config.init_from = str(candidate.checkpoint)
+        config = self.settled(candidate)
         classes = len(self.classes)
         return trained(protocol, candidate, config, classes, workdir, self.change)
 
-    def result(self, candidate: Candidate, protocol: str, workdir: Path, main: bool) -> Result:
-        """A row of the table.
+    def settled(self, candidate: Candidate) -> Config:
+        """The config with what depends on the candidate: its voxels, where its weights are from."""
+        config = with_grid(self.config, candidate.grid_size)
+        if candidate.checkpoint is not None:
+            with config.unlocked():
+                config.init_from = str(candidate.checkpoint)
+        return config
+
+    def digest(self, candidate: Candidate, protocol: str) -> str:
+        """Of everything that decides a result of a candidate, but for the seed."""
+        config = self.settled(candidate).to_dict()
+        told = {name: part for name, part in config.items() if name not in NOT_SETTINGS}
+        closed = ("train", "optim", "crops", "objective", "decoder", "data")
+        for name in ("network", *(closed if protocol in CLOSED_FORMS else ())):
+            told.pop(name, None)
+        told |= {"network": repr(candidate.network), "grid_size": candidate.grid_size}
+        told["scenes"] = identities(self.config.data.sources)
+        return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()[:8]
+
+    def result(
+        self, candidate: Candidate, protocol: str, workdir: Path, main: bool
+    ) -> Result | None:
+        """A row of the table; None if no test scene has labels.
 
         Args:
           candidate: what is evaluated.
@@ -97,7 +136,7 @@ class Evaluation:
           workdir: where it trains.
           main: whether it is the row that the command is about.
         """
-        test = self.config.test
+        test, seed = self.config.test, self.config.seed
         self.say(f"{protocol}, {candidate.name}")
         predict = self.predictor(candidate, protocol, workdir)
         found = score(
@@ -108,8 +147,10 @@ class Evaluation:
             votes=test.votes,
             first_grid=test.first_grid,
             submission=workdir / "submission" if test.submission and main else None,
+            say=self.say if test.votes else _quiet,
         )
-        seed = self.config.seed
+        if not found:
+            return None
         extractor = getattr(predict, "extractor", None) or candidate.extractor(seed)
         return Result(
             encoder=candidate.name,
@@ -117,13 +158,16 @@ class Evaluation:
             seed=seed,
             scores=found,
             config=f"configs/segmentation.py:{self.config.about}",
-            data=self.data,
-            train_scenes=_names(self.train),
-            test_scenes=_names(self.test),
+            data=self.config.dataset,
+            train_scenes=_names(self.config.data.sources),
+            test_scenes=_names(self.config.test.sources),
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
             label_share=self.config.labels.share,
             train_steps=None if protocol in CLOSED_FORMS else self.config.train.steps,
+            grid_size=candidate.grid_size,
+            tree=None if candidate.checkpoint is None else self.config.tree,
+            settings=self.digest(candidate, protocol),
             shortcut=self.shortcut(extractor, candidate),
         )
 
@@ -136,6 +180,7 @@ class Evaluation:
             self.config.test.sources,
             self.classes,
             self.config.seed,
+            self.config.labels.share,
             self.say,
         )
 
@@ -165,12 +210,18 @@ def main(argv: Sequence[str]) -> int:
 
 def _evaluate(config: Config, workdir: Path, name: str) -> int:
     evaluation = Evaluation(config, workdir)
-    candidate = find(name, config)
+    candidate, protocol = find(name, config), config.protocol
+    if protocol == SCRATCH:
+        candidate = untrained(candidate)
     command.make_folder(workdir, "--workdir")
-    protocol = config.protocol
+    if protocol in CLOSED_FORMS:
+        _bind(evaluation.settled(candidate), workdir)
     rows = []
     try:
         row = evaluation.result(candidate, protocol, workdir, main=True)
+        if row is None:
+            print(f"the test scenes have no labels: written is {workdir / 'submission'} alone")
+            return 0
         floor_protocol = protocol if protocol in CLOSED_FORMS else "linear"
         for floor in floors(candidate, config) if config.test.floors else ():
             if (floor.name, floor_protocol) != (candidate.name, protocol):
@@ -187,12 +238,17 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
     return 0
 
 
-def _names(scenes: LabelledScenes) -> list[str]:
-    return [scenes[i].name for i in range(len(scenes))]
+def _bind(config: Config, workdir: Path) -> None:
+    """Keeps results of two configs out of one folder, as the trainer does for what it trains."""
+    done = (workdir / "results.json").exists() or checkpoint.any_saved(workdir)
+    for remark in config_lib.compare_config(config, workdir, binding=done):
+        print(remark)
+    config_lib.settle_config(config, workdir)
 
 
-def _unchanged(scene: Scene) -> Scene:
-    return scene
+def _names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of scenes: of folders the last part."""
+    return [Path(one).name for one in identities(entries)]
 
 
 def _quiet(text: str) -> None:

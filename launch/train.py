@@ -86,7 +86,8 @@ class Probe:
             self._encoder = Encoder(self._network, params, self._grid_size)
         try:
             return self._probe.measure(self._encoder.with_params(params))
-        except FloatingPointError:  # the loop tells of steps that are not finite, and ends the run
+        except (FloatingPointError, ValueError) as error:  # a probe must not end a pretraining
+            print(f"no probe after step {step}: {error}", flush=True)
             return {}
 
 

@@ -1,5 +1,6 @@
 """The evaluation command on tiny rooms: what it writes, what it refuses, and that it repeats."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from small import small_config
 
 from configs import segmentation
 from launch import command, evaluate
+from point_jax.data.rooms import CLASSES, RoomSpec, make_room
+from point_jax.data.scenes import write_dataset_json, write_scene
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
@@ -77,21 +80,36 @@ def test_a_trained_probe_goes_on_repeats_and_has_floors(tmp_path):
 
 
 def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path):
+    assert run(tmp_path, "scratch", "random") == 0
+    first = results(tmp_path)
+    check(first, "scratch", "random")
+    # What is measured of a trained network may be asked for later.
     assert run(tmp_path, "scratch", "random", "--config.test.votes=True") == 0
     found = results(tmp_path)
-    check(found, "scratch", "random")
     assert set(found["resolution"]) == {"voxel", "full", "voted"}
+    assert found["per_class"] == first["per_class"]
 
 
-def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint):
+def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint, capsys):
+    newest = str(checkpoint / "checkpoints" / "2")
     for protocol in ("ridge", "knn", "lora"):
         workdir = tmp_path / protocol
         assert run(workdir, protocol, checkpoint) == 0
         found = results(workdir)
-        check(found, protocol, str(checkpoint))
-        assert found["steps"] == 2 and found["checkpoint"] == str(checkpoint)
-    assert run(tmp_path / "first", "ridge", checkpoint / "checkpoints" / "1") == 0
+        check(found, protocol, newest)
+        assert found["steps"] == 2 and found["checkpoint"] == newest
+        assert found["grid_size"] == 0.1 and found["tree"] == "teacher"
+    first = checkpoint / "checkpoints" / "1"
+    assert run(tmp_path / "first", "ridge", first) == 0
     assert results(tmp_path / "first")["steps"] == 1
+    # A folder's results are of one encoder and one protocol.
+    capsys.readouterr()
+    assert run(tmp_path / "lora", "lora", first) == 1
+    assert run(tmp_path / "ridge", "ridge", first) == 1
+    assert run(tmp_path / "ridge", "knn", checkpoint) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("was started with another config (init_from: ") == 2, errors
+    assert "protocol: ridge -> knn" in errors
 
 
 def test_robustness_tells_what_is_missing(tmp_path):
@@ -100,6 +118,63 @@ def test_robustness_tells_what_is_missing(tmp_path):
     conditions = {row["condition"]: row["mIoU"] for row in found["robustness"]}
     assert conditions["everything"] == found["mIoU"]
     assert {"no colour", "no normals", "neither", "1% of the labels"} <= conditions.keys()
+    fewer = tmp_path / "fewer"
+    arguments = ("--config.test.robustness=True", "--config.labels.share=0.05")
+    assert run(fewer, "ridge", "raw", *arguments) == 0
+    found = {row["condition"]: row["mIoU"] for row in results(fewer)["robustness"]}
+    assert found.keys() == conditions.keys() - {f"{n}% of the labels" for n in (5, 10, 20)}
+    assert found["no normals"] != conditions["no normals"]
+    assert results(fewer)["settings"] != results(tmp_path)["settings"]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two splits of a folder of rooms whose classes are named, the second without labels."""
+    root = tmp_path / "scans"
+    for split, seeds in (("train", (0, 1)), ("test", (5, 6))):
+        for seed in seeds:
+            scene = make_room(seed, RoomSpec(**SPEC))
+            scene = dataclasses.replace(scene, segment=scene.segment if split == "train" else None)
+            write_scene(root / split / f"room{seed}", scene)
+    write_dataset_json(root, "m", "z", ("train", "test"), CLASSES)
+    return root
+
+
+def sources(root, split, **more):
+    return repr(({"kind": "folder", "root": str(root), "splits": (split,), **more},))
+
+
+def test_scenes_without_labels_are_submitted_and_nothing_else(tmp_path, folders, capsys):
+    train, test = sources(folders, "train"), sources(folders, "test")
+    arguments = (f"--config.data.sources={train}", f"--config.test.sources={test}")
+    workdir = tmp_path / "out"
+    assert run(workdir, "ridge", "raw", *arguments) == 1
+    assert "room5: has no labels" in capsys.readouterr().err
+    assert run(workdir, "ridge", "raw", *arguments, "--config.test.submission=True") == 0
+    lines = (workdir / "submission" / "room5.txt").read_text().splitlines()
+    assert len(lines) == len(make_room(5, RoomSpec(**SPEC)).coord)
+    assert set(map(int, lines)) <= set(range(len(CLASSES)))
+    assert not (workdir / "results.json").exists()
+
+
+def test_scenes_that_would_prove_nothing_are_refused(tmp_path, folders, capsys):
+    train = f"--config.data.sources={sources(folders, 'train')}"
+    same = f"--config.test.sources={sources(folders, 'train')}"
+    assert run(tmp_path / "out", "ridge", "raw", train, same) == 1
+    assert "has 2 scenes that config.data.sources has, too" in capsys.readouterr().err
+    assert run(tmp_path / "out", "linear", "raw", train, "--config.labels.classes=s3dis") == 1
+    assert "there are 13 classes" in capsys.readouterr().err
+    write_dataset_json(folders, "m", "z", ("train", "test"), CLASSES[::-1])
+    assert run(tmp_path / "out", "ridge", "raw", train, "--config.labels.classes=") == 1
+    assert "2 different lists of classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_sizes_fit_the_devices_that_they_are_meant_for(size):
+    config = segmentation.get_config(f"data=rooms,encoder={size}")
+    assert (
+        config.train.batch % (config.objective.scenes_per_row * (1 if size == "tiny" else 8)) == 0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +202,8 @@ def checkpoint(tmp_path_factory):
         ("linear", "raw", ("--config.labels.classes=ade",), "config.labels.classes is 'ade'"),
         ("linear", "raw", ("--config.crops.max_size=4",), "config.crops.max_size is 4, expected"),
         ("linear", "raw", ("--config.train.batch=3",), "with 2 scenes a row"),
+        ("ridge", "raw", ("--config.crops.grid_size=-1.0",), "config.crops.grid_size is -1.0"),
+        ("ridge", "raw", ("--config.seed=-1",), "config.seed is -1, expected"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, protocol, encoder, arguments, words):

@@ -23,6 +23,20 @@ def base_params(depths=DEPTHS):
     return {"backbone": {"embedding": {"b": jnp.ones(3)}, "enc": enc}, "head": {"b": jnp.ones(5)}}
 
 
+def test_all_blocks_share_a_factor_and_nothing_else_does():
+    params = base_params((2, 1))
+    params["backbone"]["dec"] = {"stage0": {"blocks": {"w": jnp.ones((2, 4))}, "up": jnp.ones(3)}}
+    params["lora"] = {"stage0": {"a": jnp.ones((2, 4, 8))}}
+    scales = optimizer.layer_scales(params, 0.5, blocks=0.1)
+    backbone = scales["backbone"]
+    np.testing.assert_allclose(backbone["enc"]["stage0"]["blocks"]["w"].ravel(), [0.025, 0.05])
+    np.testing.assert_allclose(backbone["enc"]["stage1"]["blocks"]["w"].ravel(), [0.1])
+    np.testing.assert_allclose(backbone["dec"]["stage0"]["blocks"]["w"], 0.1)
+    np.testing.assert_allclose(scales["lora"]["stage0"]["a"], 0.1)
+    others = backbone["dec"]["stage0"]["up"], backbone["enc"]["stage1"]["down"], scales["head"]
+    assert all((leaf == 1).all() for leaf in jax.tree.leaves((others, backbone["embedding"])))
+
+
 def test_layer_wise_rates_equal_golden():
     golden = np.load(shared("golden/j_schedules.npz"))["lr"]
     scales = optimizer.layer_scales(base_params(), 0.9)

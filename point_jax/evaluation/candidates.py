@@ -1,6 +1,6 @@
 """What is evaluated: an encoder from a checkpoint, an untrained one, or the raw input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from point_jax.evaluation.features import EncoderFeatures, Extractor, RawFeature
 from point_jax.features.encoder import Encoder
 from point_jax.features.load import load
 from point_jax.features.voxels import INPUTS
-from point_jax.interop.workdir import find_run
+from point_jax.interop.workdir import FOLDER, find_run
 from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
@@ -25,7 +25,7 @@ class Candidate:
     """What is evaluated.
 
     Attributes:
-      name: "raw", "random", or the checkpoint's folder as given.
+      name: "raw", "random", or the folder of the weights; of a run with the step.
       network: the encoder; None for the raw input.
       grid_size: edge of a voxel, metres.
       params: of the encoder; None where a run's seed decides them.
@@ -60,8 +60,8 @@ def find(name: str, config: Any) -> Candidate:
 
     Args:
       name: "raw", "random", or a folder: of a run, or of converted weights.
-      config: read are `network` (of a random one), `crops.grid_size` (0 for the encoder's own) and
-        `tree`.
+      config: read are `network` (of a random one; of others dtype and remat), `crops.grid_size`
+        (0 for the encoder's own) and `tree`.
 
     Raises:
       ValueError: settings that do not fit the network.
@@ -72,19 +72,31 @@ def find(name: str, config: Any) -> Candidate:
         return Candidate(name, None, grid_size or GRID_SIZE)
     if name == RANDOM:
         return Candidate(name, network_spec(config.network), grid_size or GRID_SIZE)
-    encoder = load(name, tree=config.tree, grid_size=grid_size or None)
+    # A run that goes on has other weights tomorrow: from here on it is one of its checkpoints.
+    run = find_run(Path(name))
+    path = Path(name) if run is None else run[0] / FOLDER / str(run[1])
+    dtype = network_spec(config.network).dtype
+    encoder = load(path, tree=config.tree, grid_size=grid_size or None, dtype=dtype)
     if encoder.inputs != INPUTS:
         raise ValueError(
             f"{name}: reads {encoder.inputs}, expected {', '.join(INPUTS)}: no other encoder can "
             "be evaluated"
         )
-    run = find_run(Path(name))
+    # A segmentor's decoder knows other labels: what is evaluated is the encoder.
+    network = replace(encoder.spec, decoder=(), remat=config.network.remat)
+    params = {name: part for name, part in encoder.params.items() if name != "dec"}
     steps = run[1] if run else None
-    return Candidate(name, encoder.spec, encoder.grid_size, encoder.params, Path(name), steps)
+    return Candidate(str(path), network, encoder.grid_size, params, path, steps)
+
+
+def untrained(candidate: Candidate) -> Candidate:
+    """The candidate's network before any training."""
+    return Candidate(RANDOM, candidate.network, candidate.grid_size)
 
 
 def floors(candidate: Candidate, config: Any) -> tuple[Candidate, Candidate]:
     """What a candidate has to beat: raw input, and its own network before any training."""
     network = candidate.network or network_spec(config.network)
     grid_size = candidate.grid_size
-    return Candidate(RAW, None, grid_size), Candidate(RANDOM, network, grid_size)
+    raw = Candidate(RAW, None, grid_size)
+    return raw, untrained(replace(candidate, network=network))

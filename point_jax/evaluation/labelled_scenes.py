@@ -49,17 +49,11 @@ class LabelledScenes(Sequence[Scene]):
         return self._load(index)
 
     def with_change(self, change: Callable[[Scene], Scene]) -> "LabelledScenes":
-        """The same scenes, changed in another way."""
-        return LabelledScenes(self.sources, change)
+        """The same scenes, changed once more."""
+        return LabelledScenes(self.sources, lambda scene: change(self.change(scene)))
 
     def _fresh(self, index: int) -> Scene:
-        scene = load_indexed(self.sources, index)
-        if scene.segment is None:
-            raise SceneError(
-                f"{scene.name}: has no labels; an evaluation needs segment.npy, or the name of the "
-                "label file as `segment` in the data source"
-            )
-        return self.change(scene)
+        return self.change(load_indexed(self.sources, index))
 
 
 def labelled_scenes(entries: Sequence[Mapping[str, Any]], place: str) -> LabelledScenes:
@@ -69,6 +63,51 @@ def labelled_scenes(entries: Sequence[Mapping[str, Any]], place: str) -> Labelle
       ValueError, SceneError: see `build_sources`.
     """
     return LabelledScenes(build_sources(entries, place))
+
+
+def check_labels(scene: Scene, classes: int) -> Scene:
+    """The scene, if its labels are classes.
+
+    Raises:
+      SceneError: it has none, or some beyond the classes.
+    """
+    if scene.segment is None:
+        raise SceneError(
+            f"{scene.name}: has no labels; an evaluation needs segment.npy, or the name of the "
+            "label file as `segment` in the data source"
+        )
+    if len(scene.segment) and scene.segment.max() >= classes:
+        raise SceneError(
+            f"{scene.name}: a label is {scene.segment.max()}, but there are {classes} classes; "
+            "check `segment` in the data source and config.labels.classes"
+        )
+    return scene
+
+
+def identities(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each scene of a config's sources is, without loading it: its folder, or its seed."""
+    found = []
+    for entry in entries:
+        if entry["kind"] == "folder":
+            folders = _dataset(entry).folders
+            found += [str(folder.resolve()) for folder in folders]
+        else:
+            found += [f"{entry['kind']} {seed}" for seed in range(*entry.get("seeds", (0, 64)))]
+    return found
+
+
+def check_apart(train: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError when scenes are among both the training and the test scenes."""
+    both = sorted(set(identities(train)) & set(identities(test)))
+    if both:
+        raise ValueError(
+            f"config.test.sources has {len(both)} scenes that config.data.sources has, too, such "
+            f"as {both[0]}: nothing would be measured; give other scenes or splits"
+        )
+
+
+def _dataset(entry: Mapping[str, Any]) -> Dataset:
+    return Dataset(**{k: v for k, v in entry.items() if k not in ("kind", "weight")})
 
 
 def class_names(entries: Sequence[Mapping[str, Any]], known: str) -> Classes:
@@ -111,8 +150,7 @@ def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Scene, Fra
     for entry in entries:
         if entry["kind"] != "folder":
             continue
-        arguments = {k: v for k, v in entry.items() if k not in ("kind", "weight")}
-        dataset = Dataset(**arguments)
+        dataset = _dataset(entry)
         for index, folder in enumerate(dataset.folders):
             if (Path(folder) / "frames.npz").is_file():
                 scene = dataset.load(index)

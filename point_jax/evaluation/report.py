@@ -33,6 +33,9 @@ class Result:
       steps: of pretraining that they had; None where unknown or none.
       label_share: of the labels of the training scenes, how many were learned from.
       train_steps: for which the protocol trained; None for a closed form.
+      grid_size: edge of a voxel, metres.
+      tree: which network of a pretraining, "teacher" or "student"; None where there is but one.
+      settings: a digest of all settings that the result depends on, but for the seed.
       data: name of the data set.
       train_scenes: names of the scenes whose labels were learned from.
       test_scenes: names of the scenes that the scores are of.
@@ -52,6 +55,9 @@ class Result:
     steps: int | None = None
     label_share: float = 1.0
     train_steps: int | None = None
+    grid_size: float | None = None
+    tree: str | None = None
+    settings: str | None = None
     shortcut: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +96,8 @@ class Report:
 
     Attributes:
       main: the encoder that was asked for.
-      floors: what it has to beat, under the same protocol.
+      floors: what it has to beat: raw input and its untrained network, by the same closed form,
+        or by a linear probe beside whatever was trained.
       robustness: what is left of the main result, or of a floor, under harder conditions.
       versions: package -> version.
     """
@@ -181,6 +188,9 @@ def _entries(result: Result) -> dict[str, Any]:
         "data": result.data,
         "label_share": result.label_share,
         "train_steps": result.train_steps,
+        "grid_size": result.grid_size,
+        "tree": result.tree,
+        "settings": result.settings,
         "train_scenes": list(result.train_scenes),
         "test_scenes": list(result.test_scenes),
         "shortcut": None if result.shortcut is None else dict(result.shortcut),

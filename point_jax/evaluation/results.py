@@ -34,6 +34,9 @@ _OPTIONAL = {
     "steps": limits.either(_COUNT, limits.NOTHING),
     "label_share": limits.number(above=0, most=1),
     "train_steps": limits.either(_COUNT, limits.NOTHING),
+    "grid_size": limits.either(limits.number(above=0), limits.NOTHING),
+    "tree": limits.either(_TEXT, limits.NOTHING),
+    "settings": limits.either(_TEXT, limits.NOTHING),
     "shortcut": limits.either(limits.MAPPING, limits.NOTHING),
     "floors": limits.each(limits.MAPPING),
 }
@@ -49,7 +52,8 @@ class Setting:
       encoder: as in `Result`; of `<run>/checkpoints/<step>` the run, since `steps` says the rest.
       checkpoint: likewise.
       config: without its protocol, which floors do not always share with the row they are beside.
-      protocol, data, label_share, steps, train_steps, train_scenes, test_scenes: as in `Result`.
+      protocol, data, label_share, steps, train_steps, train_scenes, test_scenes, grid_size, tree,
+        settings: as in `Result`.
     """
 
     encoder: str
@@ -62,6 +66,9 @@ class Setting:
     train_steps: int | None
     train_scenes: tuple[str, ...]
     test_scenes: tuple[str, ...]
+    grid_size: float | None = None
+    tree: str | None = None
+    settings: str | None = None
 
 
 @dataclass(frozen=True)

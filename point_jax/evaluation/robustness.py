@@ -41,6 +41,7 @@ def robustness(
     test_entries: Sequence[Mapping[str, Any]],
     classes: Classes,
     seed: int,
+    label_share: float = 1.0,
     say: Callable[[str], object] = lambda text: None,
 ) -> Iterator[Condition]:
     """The rows, one after the other; frames only where test folders say what their images see.
@@ -51,6 +52,7 @@ def robustness(
       test_entries: the config's sources of the test scenes.
       classes: of the labels.
       seed: of an untrained encoder, and of which labels are kept.
+      label_share: of the labels that `train` has left already.
       say: told of every condition.
     """
 
@@ -69,7 +71,9 @@ def robustness(
         yield row(name, fit(train.with_change(drop)), test.with_change(drop))
         yield row(f"{name}, in the test alone", whole, test.with_change(drop))
     for share in SHARES:
-        thin = partial(thin_labels, share=share, seed=seed)
+        if share >= label_share:
+            continue
+        thin = partial(thin_labels, share=share / label_share, seed=seed)
         yield row(f"{share:.0%} of the labels", fit(train.with_change(thin)), test)
     framed = framed_scenes(test_entries)
     for name, axes in FRAMES.items() if framed else ():

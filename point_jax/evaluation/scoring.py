@@ -33,7 +33,7 @@ def score(
 
     Args:
       predict: what is scored.
-      scenes: with labels.
+      scenes: what is predicted; those with labels are counted.
       classes: of the labels.
       grid_size: edge of the predictor's voxels, metres.
       votes: also by the precise protocol, see `voting.vote`.
@@ -42,10 +42,11 @@ def score(
       say: told of every scene.
 
     Returns:
-      resolution -> scores: "voxel", "full" (every original point), with votes "voted".
+      resolution -> scores: "voxel", "full" (every original point), with votes "voted". {} if no
+      scene has labels, as those of which a benchmark takes the submission.
 
     Raises:
-      SceneError: a scene without labels, or that cannot be used.
+      SceneError: a scene that cannot be used.
     """
     size = len(classes)
     names = ["voxel", "full", *(["voted"] if votes else [])]
@@ -54,21 +55,23 @@ def score(
     for place, (scene, cloud, probability) in zip(
         places, _predicted(predict, (scenes[i] for i in places), grid_size), strict=True
     ):
-        segment = np.asarray(scene.segment)
-        found = probability.argmax(1)
-        points = found[cloud.inverse]
-        counts["voxel"] += confusion(found, voxel_labels(scene, cloud), size)
-        counts["full"] += confusion(points, segment, size)
+        voxels = probability.argmax(1)
+        found = {"full": voxels[cloud.inverse]}
         if votes:
             summed = vote(predict, scene, grid_size, first_grid=first_grid or None)
-            points = summed.argmax(1)
-            counts["voted"] += confusion(points, segment, size)
+            found["voted"] = summed.argmax(1)
+        points = list(found.values())[-1]
+        if scene.segment is not None:
+            counts["voxel"] += confusion(voxels, voxel_labels(scene, cloud), size)
+            for name, predicted in found.items():
+                counts[name] += confusion(predicted, scene.segment, size)
         if submission is not None:
             write_submission(submission, scene, points, classes)
         say(f"{place + 1}/{len(scenes)} {scene.name}")
-    return {
-        name: scores(sum_over_processes(count), classes.names) for name, count in counts.items()
-    }
+    total = {name: sum_over_processes(count) for name, count in counts.items()}
+    if not total["full"].any():
+        return {}
+    return {name: scores(count, classes.names) for name, count in total.items()}
 
 
 def _predicted(

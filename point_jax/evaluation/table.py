@@ -22,6 +22,9 @@ HEADS = {
     "steps": "steps",
     "label_share": "labels",
     "train_steps": "probe steps",
+    "grid_size": "voxel",
+    "tree": "tree",
+    "settings": "settings",
     "train_scenes": "training scenes",
     "test_scenes": "test scenes",
 }
@@ -173,6 +176,8 @@ def _text(setting: Setting, name: str) -> str:
     value = getattr(setting, name)
     if name == "label_share":
         return f"{100 * value:g} %"
+    if isinstance(value, float):
+        return f"{value:g} m"
     if isinstance(value, tuple):
         ends = " … ".join(dict.fromkeys([value[0], value[-1]])) if value else "–"
         return f"{len(value)} ({ends})"

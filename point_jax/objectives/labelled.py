@@ -27,6 +27,7 @@ from point_jax.ops.gather import take_rows
 CROP_LIMITS = {
     "grid_size": limits.number(above=0),
     "max_size": limits.whole(16),
+    "max_share": limits.number(above=0, most=1),
     "drop": limits.number(0, below=1),
     "mix": limits.PROBABILITY,
     "stretch_probability": limits.PROBABILITY,
@@ -44,6 +45,7 @@ class CropSpec:
     Attributes:
       grid_size: edge of the voxels that keep one point each, metres.
       max_size: most points of a crop, the nearest of a random one.
+      max_share: and at most this share of the scene's.
       drop: share of a scene's points that are left out before anything else.
       mix: probability that the scenes of a row become one cloud (Mix3D).
       geometry: changes of the geometry.
@@ -55,6 +57,7 @@ class CropSpec:
 
     grid_size: float = 0.02
     max_size: int = 102_400
+    max_share: float = 1.0
     drop: float = 0.2
     mix: float = 0.8
     geometry: GeometrySpec = field(default_factory=lambda: GeometrySpec(rotation_probability=0.5))
@@ -171,7 +174,9 @@ class LabelledRowMaker:
         at = jnp.where(sampled[:, None], coord[index], 0.0)
         draw = uniform_below(jax.random.uniform(keys[4]), count)
         centre = at[jnp.minimum(member(sampled, draw), points - 1)]
-        rows, count = compact(crop(at, sampled, centre, spec.max_size), spec.max_size)
+        most = jnp.floor(spec.max_share * count).astype(jnp.int32)
+        near = crop(at, sampled, centre, jnp.minimum(most, spec.max_size))
+        rows, count = compact(near, spec.max_size)
         index = index[rows]
         used = jnp.arange(spec.max_size) < count
         coord = centre_shift(coord[index], used, apply_z=False)

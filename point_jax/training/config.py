@@ -25,6 +25,8 @@ HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
     *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
     *("data.held_out.sources", "data.held_out.scenes"),
+    *("test.sources", "test.first_grid", "test.votes", "test.submission"),
+    *("test.floors", "test.robustness"),
     *("probe.every", "probe.train_sources", "probe.test_sources", "probe.scenes", "probe.voxels"),
 )
 

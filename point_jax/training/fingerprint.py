@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-_VERSIONS = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
+_VERSIONS = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "optax", "einops")
 _VARIABLES = ("XLA_", "TF_", "OMP_", "NPROC")  # beginnings of the names of those that XLA reads
 _MARGIN = 2.0  # seconds by which the clocks of files and processes may differ
 

@@ -22,7 +22,7 @@ def layer_scales(params: Tree, decay: float, blocks: float = 1.0) -> Tree:
     Block b of encoder stage e, with `depth[s]` blocks in stage s, gets
     `decay ** (sum(depth) - sum(depth[:e]) - b - 1)`: 1 for the last block, less for earlier ones.
     Everything else (embedding, pooling, decoder, heads) gets 1, as in the original's recipe.
-    Blocks, the decoder's too, have the factor `blocks` besides.
+    Blocks, the decoder's and the changes of LoRA too, have the factor `blocks` besides.
 
     Args:
         params: the student's parameters. The blocks of a stage are stacked along the leading axis
@@ -35,8 +35,14 @@ def layer_scales(params: Tree, decay: float, blocks: float = 1.0) -> Tree:
         changing their rank: (depth, 1, ...) for stacked blocks, (1, 1, ...) elsewhere.
     """
     scales = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, np.float32), params)
+
+    def of_blocks(tree: Tree) -> Tree:
+        return jax.tree.map(lambda one: one * np.float32(blocks), tree)
+
     for stage in scales.get("backbone", {}).get("dec", {}).values():
-        stage["blocks"] = jax.tree.map(lambda one: one * np.float32(blocks), stage["blocks"])
+        stage["blocks"] = of_blocks(stage["blocks"])
+    if "lora" in scales:  # changes of blocks
+        scales["lora"] = of_blocks(scales["lora"])
     stages = params.get("backbone", {}).get("enc", {})
     depths = []
     while "blocks" in stages.get(f"stage{len(depths)}", {}):

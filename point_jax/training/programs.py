@@ -4,8 +4,8 @@ JAX's cache keeps what XLA has made, under a key that can be computed only after
 lowering: for a training step, most of a second start. Here a program is found by what determines
 it: the source files, versions, machine, settings, and the shapes and places of its arguments.
 
-Two keys lead to a program: that one, and one with the lowered text in place of sources and
-settings, so that a change of sources that leaves the program as it is compiles nothing. Whatever
+Two keys lead to a program: that one, and one with the lowered text in place of the sources, so that
+a change of sources that leaves the program as it is compiles nothing. Whatever
 is missing, damaged or of another version, machine or program is made again. The files lie in
 JAX's cache folder and are trusted like the rest of it: reading them can run any code. Those of
 another user are not read.
@@ -109,7 +109,7 @@ class Kept:
         if not all(map(_HARMLESS_CALLS.fullmatch, calls)):
             self._files.write(key, b"")
             return self._function
-        by_text = digest(around, text)
+        by_text = digest(around, self._told, str(lowered.out_tree), text)
         program = _load(self._files.read(by_text), devices)
         if program is None:
             with _without_cache():
