@@ -49,6 +49,7 @@ def get_config(arg: str = "") -> Config:
     config.protocol = chosen["protocol"]
     config.about = arg
     config.dataset = chosen["data"]
+    config.encoder = ""  # what --encoder names, settled when the command starts
     config.tree = "teacher"  # of a pretraining: teacher or student
     config.network = sonata.get_config(chosen["encoder"]).network
     config.decoder = default_decoder()

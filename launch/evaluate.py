@@ -45,7 +45,6 @@ from point_jax.evaluation.protocols import (
     Stopped,
     closed_form,
     trained,
-    with_grid,
 )
 from point_jax.evaluation.report import Condition, Report, Result, as_markdown, write_results
 from point_jax.evaluation.robustness import robustness
@@ -62,7 +61,7 @@ SECTION_LIMITS = {
     "crops.grid_size": limits.number(0),
 }
 # What a result does not depend on, or what it says in other words.
-NOT_SETTINGS = ("about", "seed", "protocol", "init_from", "checkpoint", "test", "tree")
+NOT_SETTINGS = ("about", "seed", "protocol", "encoder", "init_from", "checkpoint", "test", "tree")
 
 
 class Evaluation:
@@ -108,10 +107,11 @@ class Evaluation:
 
     def settled(self, candidate: Candidate) -> Config:
         """The config with what depends on the candidate: its voxels, where its weights are from."""
-        config = with_grid(self.config, candidate.grid_size)
-        if candidate.checkpoint is not None:
-            with config.unlocked():
-                config.init_from = str(candidate.checkpoint)
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.crops.grid_size = candidate.grid_size
+            config.encoder = candidate.name
+            config.init_from = str(candidate.checkpoint or "")
         return config
 
     def digest(self, candidate: Candidate, protocol: str) -> str:
@@ -214,7 +214,7 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
     if protocol == SCRATCH:
         candidate = untrained(candidate)
     command.make_folder(workdir, "--workdir")
-    if protocol in CLOSED_FORMS:
+    if protocol in CLOSED_FORMS and jax.process_index() == 0:
         _bind(evaluation.settled(candidate), workdir)
     rows = []
     try:

@@ -40,7 +40,7 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = small_run()
     settle_config(config, folder)
-    template = jax.eval_shape(make_sonata(config).init, jax.random.key(0))
+    template = jax.eval_shape(make_sonata(config).init, jax.random.key(0))[0]
     checkpoints = Checkpoints(folder, 2)
     for step in (3, 5):
         draw = np.random.default_rng(step).standard_normal

@@ -108,8 +108,10 @@ def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint, cap
     assert run(tmp_path / "ridge", "ridge", first) == 1
     assert run(tmp_path / "ridge", "knn", checkpoint) == 1
     errors = capsys.readouterr().err
-    assert errors.count("was started with another config (init_from: ") == 2, errors
+    assert errors.count("was started with another config (encoder: ") == 2, errors
     assert "protocol: ridge -> knn" in errors
+    assert run(tmp_path / "ridge", "ridge", "raw") == 1
+    assert "checkpoints/2 -> raw" in capsys.readouterr().err
 
 
 def test_robustness_tells_what_is_missing(tmp_path):

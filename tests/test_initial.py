@@ -19,7 +19,7 @@ VARIANT, CONFIG = config_of(OBJECTIVE.spec.network)
 
 def filled(start):
     """Numbers in the shapes of the objective's parameters."""
-    shapes = jax.eval_shape(OBJECTIVE.init, jax.random.key(0))
+    shapes = jax.eval_shape(OBJECTIVE.init, jax.random.key(0))[0]
     leaves, tree = jax.tree.flatten(shapes)
     return jax.tree.unflatten(
         tree, [np.full(s.shape, start + i, np.float32) for i, s in enumerate(leaves)]
@@ -30,7 +30,7 @@ def template():
     sharding = SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(OBJECTIVE.init, jax.random.key(0)),
+        jax.eval_shape(OBJECTIVE.init, jax.random.key(0))[0],
     )
     return {"student": shapes, "teacher": shapes}
 

@@ -171,11 +171,3 @@ def _predictor(
     if network.decoder:
         return LinearPredictor(DecoderFeatures(encoder), kernel, bias)
     return LinearPredictor(EncoderFeatures(encoder), kernel, bias)
-
-
-def with_grid(config: Config, grid_size: float) -> Config:
-    """A copy of the config with the grid of an encoder settled."""
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.crops.grid_size = grid_size
-    return copy
