@@ -268,3 +268,23 @@ def test_the_quickstart_is_a_config_that_the_objective_accepts():
     check_config(config)
     make_sonata(config)
     assert get_config().keys() == config.keys()
+
+
+def test_a_run_measures_its_features_on_labelled_scenes(tmp_path, capsys):
+    spec = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
+    train_rooms, test_rooms = (
+        ({"kind": "rooms", "spec": spec, "seeds": seeds},) for seeds in ((20, 24), (30, 33))
+    )
+    probe = (
+        f"--config.probe.train_sources={train_rooms}",
+        f"--config.probe.test_sources={test_rooms}",
+    )
+    short = ("--config.train.steps=2", NO_PICTURES, "--config.checkpoint.every=2")
+    assert run(tmp_path, *short, *probe, "--config.probe.every=2") == 0
+    first, second = (line for line in read_metrics(tmp_path) if "loss" in line)
+    names = {"probe_ridge_mIoU", "probe_knn_mIoU", "probe_shortcut"}
+    assert not names & first.keys() and names <= second.keys()
+    assert 0 < second["probe_ridge_mIoU"] <= 1 and 0 < second["probe_knn_mIoU"] <= 1
+    capsys.readouterr()
+    assert run(tmp_path / "bad", *short, "--config.probe.every=2") == 1
+    assert "config.probe.train_sources is empty" in capsys.readouterr().err
