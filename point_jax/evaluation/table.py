@@ -22,7 +22,7 @@ HEADS = {
     "steps": "steps",
     "label_share": "labels",
     "train_steps": "probe steps",
-    "grid_size": "voxel",
+    "grid_size": "voxel size",
     "tree": "tree",
     "settings": "settings",
     "train_scenes": "training scenes",
