@@ -23,10 +23,11 @@ from ml_collections import ConfigDict
 from configs import sonata
 from point_jax.data.pipeline import default_data
 from point_jax.evaluation.classes import S3DIS_AREAS
+from point_jax.evaluation.protocols import CLOSED_FORMS, TRAINED
 from point_jax.objectives.settings import default_crops, default_decoder, default_segmentation
 from point_jax.training.config import Config, default_config
 
-PROTOCOLS = ("linear", "decoder", "lora", "full", "scratch", "ridge", "knn")
+PROTOCOLS = (*TRAINED, *CLOSED_FORMS)
 
 
 def get_config(arg: str = "") -> Config:

@@ -67,15 +67,14 @@ NOT_SETTINGS = ("about", "seed", "protocol", "encoder", "init_from", "checkpoint
 class Evaluation:
     """One command: the scenes, and what is done with each candidate."""
 
-    def __init__(self, config: Config, workdir: Path):
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: Config):
+        self.config = config
         if "protocol" not in config:
             raise ConfigError("the config is none of configs/segmentation.py's: it has no protocol")
         config_lib.check_config(config)
-        self.protocol = config.protocol
-        if self.protocol not in TRAINED + CLOSED_FORMS:
+        if config.protocol not in TRAINED + CLOSED_FORMS:
             known = ", ".join(TRAINED + CLOSED_FORMS)
-            raise ConfigError(f"config.protocol is {self.protocol!r}, expected one of {known}")
+            raise ConfigError(f"config.protocol is {config.protocol!r}, expected one of {known}")
         for place, limit in SECTION_LIMITS.items():
             section, key = place.split(".")
             limits.check({key: config[section][key]}, {key: limit}, f"config.{section}.")
@@ -151,7 +150,6 @@ class Evaluation:
         )
         if not found:
             return None
-        extractor = getattr(predict, "extractor", None) or candidate.extractor(seed)
         return Result(
             encoder=candidate.name,
             protocol=protocol,
@@ -168,7 +166,7 @@ class Evaluation:
             grid_size=candidate.grid_size,
             tree=None if candidate.checkpoint is None else self.config.tree,
             settings=self.digest(candidate, protocol),
-            shortcut=self.shortcut(extractor, candidate),
+            shortcut=self.shortcut(predict.extractor, candidate),
         )
 
     def robustness(self, candidate: Candidate) -> Iterator[Condition]:
@@ -209,7 +207,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(config: Config, workdir: Path, name: str) -> int:
-    evaluation = Evaluation(config, workdir)
+    evaluation = Evaluation(config)
     candidate, protocol = find(name, config), config.protocol
     if protocol == SCRATCH:
         candidate = untrained(candidate)

@@ -341,8 +341,13 @@ def held_out(data: Any) -> list[Scene]:
     if data.held_out.scenes == 0:
         return []
     sources = build_sources(data.held_out.sources, "data.held_out.sources")
+    return first_scenes(sources, data.held_out.scenes)
+
+
+def first_scenes(sources: Sequence[Source], count: int) -> list[Scene]:
+    """The first scene of every source, then the second of every source, up to `count`."""
     order = sorted((i, s) for s, source in enumerate(sources) for i in range(source.size))
-    return [sources[s].load(i) for i, s in order[: data.held_out.scenes]]
+    return [sources[s].load(i) for i, s in order[:count]]
 
 
 def _known(given: dict[Any, Any], names: Sequence[str]) -> dict[Any, Any]:

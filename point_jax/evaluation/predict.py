@@ -18,6 +18,11 @@ class Predictor(Protocol):
         """K, the number of classes."""
         ...
 
+    @property
+    def extractor(self) -> Extractor:
+        """Gives the features that it reads."""
+        ...
+
     def __call__(self, clouds: Sequence[Voxels]) -> Iterator[np.ndarray]:
         """(V, K) float32 of each cloud: probabilities of the classes, each row sums to 1."""
         ...

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from point_jax import limits
-from point_jax.data.pipeline import Source, build_sources
+from point_jax.data.pipeline import build_sources, first_scenes
 from point_jax.data.scenes import Scene, SceneError
 from point_jax.evaluation.confusion import confusion, scores
 from point_jax.evaluation.features import EncoderFeatures, LabelledArrays, extract, voxel_labels
@@ -116,7 +116,7 @@ def load_probe(probe: Any) -> ProgressProbe | None:
         return None
     sides = []
     for side, count in zip(("train_sources", "test_sources"), probe.scenes, strict=True):
-        scenes = _first(build_sources(probe[side], f"probe.{side}"), count)
+        scenes = first_scenes(build_sources(probe[side], f"probe.{side}"), count)
         for scene in scenes:
             if scene.segment is None or not (scene.segment >= 0).any():
                 raise SceneError(f"config.probe.{side}: {scene.name} has no labels")
@@ -124,9 +124,3 @@ def load_probe(probe: Any) -> ProgressProbe | None:
             raise ValueError(f"config.probe.{side} has {len(scenes)} scene, expected at least 2")
         sides.append(scenes)
     return ProgressProbe(sides[0], sides[1], probe.voxels)
-
-
-def _first(sources: Sequence[Source], count: int) -> list[Scene]:
-    """The first scene of every source, then the second of every source, up to `count`."""
-    order = sorted((i, s) for s, source in enumerate(sources) for i in range(source.size))
-    return [sources[s].load(i) for i, s in order[:count]]

@@ -101,7 +101,7 @@ def trained(
 
     Args:
       protocol: one of `TRAINED`.
-      candidate: the encoder that it starts from; `scratch` keeps its shape alone.
+      candidate: the encoder that it starts from; an untrained one for `scratch`.
       config: the whole config; `crops.grid_size` is the candidate's.
       classes: K.
       workdir: of the run.
@@ -112,7 +112,6 @@ def trained(
       ConfigError: a value that does not fit.
     """
     objective = make_segmentation(config, protocol, classes, candidate.network)
-    start = None if protocol == SCRATCH else candidate.params
     code = train(
         config,
         workdir,
@@ -120,7 +119,7 @@ def trained(
         make_step=make_train_step,
         make_schedule=optimizer_schedule,
         make_batches=functools.partial(make_batches, change=change),
-        load_initial=functools.partial(_initial, start),
+        load_initial=functools.partial(_initial, candidate.params),
     )
     if code != FINISHED:
         raise Stopped(code)
