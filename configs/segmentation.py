@@ -6,7 +6,7 @@
 The argument is a list of name=value:
   data      rooms (procedural, no download), scannet, scannet200, s3dis (tested on area 5) or
             s3dis-1 to s3dis-6, or a folder of scenes with a dataset.json that names the classes
-  protocol  linear, decoder, lora, full, scratch, or the closed forms ridge and knn
+  protocol  linear, decoder, lora, full, scratch, or fitted at once: ridge, knn, logistic
   encoder   tiny, small or base: the network of --encoder=random and of scratch, and how long and on
             how large crops is trained
 
@@ -23,11 +23,11 @@ from ml_collections import ConfigDict
 from configs import sonata
 from point_jax.data.pipeline import default_data
 from point_jax.evaluation.classes import S3DIS_AREAS
-from point_jax.evaluation.protocols import CLOSED_FORMS, TRAINED
+from point_jax.evaluation.protocols import FITTED, TRAINED
 from point_jax.objectives.settings import default_crops, default_decoder, default_segmentation
 from point_jax.training.config import Config, default_config
 
-PROTOCOLS = (*TRAINED, *CLOSED_FORMS)
+PROTOCOLS = (*TRAINED, *FITTED)
 
 
 def get_config(arg: str = "") -> Config:

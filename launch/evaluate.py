@@ -39,11 +39,12 @@ from point_jax.evaluation.labelled_scenes import (
 from point_jax.evaluation.modalities import thin_labels
 from point_jax.evaluation.predict import Predictor
 from point_jax.evaluation.protocols import (
-    CLOSED_FORMS,
+    FITTED,
+    FLOORS_OF_TRAINED,
     SCRATCH,
     TRAINED,
     Stopped,
-    closed_form,
+    fitted,
     trained,
 )
 from point_jax.evaluation.report import Condition, Report, Result, as_markdown, write_results
@@ -72,8 +73,8 @@ class Evaluation:
         if "protocol" not in config:
             raise ConfigError("the config is none of configs/segmentation.py's: it has no protocol")
         config_lib.check_config(config)
-        if config.protocol not in TRAINED + CLOSED_FORMS:
-            known = ", ".join(TRAINED + CLOSED_FORMS)
+        if config.protocol not in TRAINED + FITTED:
+            known = ", ".join(TRAINED + FITTED)
             raise ConfigError(f"config.protocol is {config.protocol!r}, expected one of {known}")
         for place, limit in SECTION_LIMITS.items():
             section, key = place.split(".")
@@ -98,8 +99,8 @@ class Evaluation:
 
     def predictor(self, candidate: Candidate, protocol: str, workdir: Path) -> Predictor:
         """What the protocol makes of a candidate and the training labels."""
-        if protocol in CLOSED_FORMS:
-            return closed_form(protocol, candidate, self.train, len(self.classes), self.config.seed)
+        if protocol in FITTED:
+            return fitted(protocol, candidate, self.train, len(self.classes), self.config.seed)
         config = self.settled(candidate)
         classes = len(self.classes)
         return trained(protocol, candidate, config, classes, workdir, self.change)
@@ -117,8 +118,8 @@ class Evaluation:
         """Of everything that decides a result of a candidate, but for the seed."""
         config = self.settled(candidate).to_dict()
         told = {name: part for name, part in config.items() if name not in NOT_SETTINGS}
-        closed = ("train", "optim", "crops", "objective", "decoder", "data")
-        for name in ("network", *(closed if protocol in CLOSED_FORMS else ())):
+        not_read = ("train", "optim", "crops", "objective", "decoder", "data")
+        for name in ("network", *(not_read if protocol in FITTED else ())):
             told.pop(name, None)
         told |= {"network": repr(candidate.network), "grid_size": candidate.grid_size}
         told["scenes"] = identities(self.config.data.sources)
@@ -162,7 +163,7 @@ class Evaluation:
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
             label_share=self.config.labels.share,
-            train_steps=None if protocol in CLOSED_FORMS else self.config.train.steps,
+            train_steps=None if protocol in FITTED else self.config.train.steps,
             grid_size=candidate.grid_size,
             tree=None if candidate.checkpoint is None else self.config.tree,
             settings=self.digest(candidate, protocol),
@@ -212,7 +213,7 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
     if protocol == SCRATCH:
         candidate = untrained(candidate)
     command.make_folder(workdir, "--workdir")
-    if protocol in CLOSED_FORMS and jax.process_index() == 0:
+    if protocol in FITTED and jax.process_index() == 0:
         _bind(evaluation.settled(candidate), workdir)
     rows = []
     try:
@@ -220,7 +221,7 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
         if row is None:
             print(f"the test scenes have no labels: written is {workdir / 'submission'} alone")
             return 0
-        floor_protocol = protocol if protocol in CLOSED_FORMS else "linear"
+        floor_protocol = protocol if protocol in FITTED else FLOORS_OF_TRAINED
         for floor in floors(candidate, config) if config.test.floors else ():
             if (floor.name, floor_protocol) != (candidate.name, protocol):
                 folder = workdir / "floors" / floor.name

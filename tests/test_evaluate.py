@@ -66,11 +66,13 @@ def test_a_trained_probe_goes_on_repeats_and_has_floors(tmp_path):
     assert run(whole, "linear", "random", "--config.test.floors=True") == 0
     found = results(whole)
     check(found, "linear", "random")
-    (floor,) = found["floors"]
-    assert floor["encoder"] == "raw" and floor["mIoU"] > 0
+    raw, random = found["floors"]
+    assert [floor["encoder"] for floor in (raw, random)] == ["raw", "random"]
+    assert {floor["protocol"] for floor in (raw, random)} == {"logistic"}
+    assert raw["mIoU"] > 0 and random["mIoU"] > 0
     assert -1 < found["shortcut"]["explained"] <= 1
     table = (whole / "results.md").read_text()
-    assert "| random | linear |" in table and "| raw | linear |" in table
+    assert "| random | linear |" in table and "| raw | logistic |" in table
     # A second start finds the training finished and says the same.
     assert run(broken, "linear", "random") == 0
     first = results(broken)

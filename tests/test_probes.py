@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from blobs import blobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,19 +59,6 @@ def make_scene(seed, points=600, classes=3):
     segment = np.where(draw.random(points) < 0.1, -1, kind).astype(np.int32)
     color = draw.integers(0, 256, (points, 3), np.uint8)
     return Scene(f"room{seed}", coord.astype(np.float32), color, normal, segment)
-
-
-def blobs(seed, scenes=6, rows=80, channels=5, classes=3, spread=0.5):
-    """Features around a centre for each class, with large offsets and scales of the channels."""
-    draw = np.random.default_rng(seed)
-    centers = draw.normal(size=(classes, channels))
-    offset, scale = draw.normal(size=channels) * 10, 10 ** draw.uniform(-2, 2, channels)
-    pieces = []
-    for _ in range(scenes):
-        labels = draw.integers(-1, classes, rows).astype(np.int32)
-        noise = draw.normal(size=(rows, channels)) * spread
-        pieces.append((((centers[labels] + noise + offset) * scale).astype(np.float32), labels))
-    return LabelledArrays(pieces)
 
 
 class Voxelwise:
@@ -213,7 +201,7 @@ def gathered(data, classes, weights):
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.sampled_from(PENALTIES))
-def test_the_closed_form_is_the_ridge_of_the_definition(seed, penalty):
+def test_the_fitted_is_the_ridge_of_the_definition(seed, penalty):
     data, weights = blobs(seed), np.random.default_rng(seed).uniform(0.1, 3, 3)
     kernel, bias = solve(gathered(data, 3, weights), penalty)
     want_kernel, want_bias = slow_ridge(data.pieces, 3, weights, penalty)

@@ -13,13 +13,13 @@ import numpy as np
 
 from point_jax.evaluation.features import Extractor, Labelled
 from point_jax.evaluation.ridge import known
+from point_jax.evaluation.standard import Standard
 from point_jax.features.voxels import Voxels
 
 BANK = 20_000
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 BLOCK = 1_024  # queries at a time: their similarities to a full bank are 80 MB
-CONSTANT = 1e-5  # of a channel's size: spreads below are float32's rounding
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,19 @@ class Directions:
     share makes all cosines nearly 1.
 
     Attributes:
-      mean: (C,) float32.
-      inverse: (C,) float32, one over the standard deviation; 0 for channels that do not vary.
+      standard: of the features.
     """
 
-    mean: np.ndarray
-    inverse: np.ndarray
+    standard: Standard
 
     @staticmethod
     def of(features: np.ndarray) -> "Directions":
         """By the mean and standard deviation of features (n, C)."""
-        mean, spread = features.mean(0, np.float64), features.std(0, dtype=np.float64)
-        alive = spread > CONSTANT * np.sqrt(mean**2 + spread**2)
-        inverse = np.where(alive, 1 / np.where(alive, spread, 1), 0)
-        return Directions(mean.astype(np.float32), inverse.astype(np.float32))
+        return Directions(Standard.of(features))
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """(n, C) float32 of length 1, or 0 where a feature equals the mean."""
-        standard = (features - self.mean) * self.inverse
+        standard = self.standard(features)
         length = np.linalg.norm(standard, axis=1, keepdims=True)
         return standard / np.where(length > 0, length, 1)
 
@@ -121,37 +116,54 @@ def _vote(
     return jnp.einsum("nk,nkc->nc", weight, votes, precision=jax.lax.Precision.HIGHEST)
 
 
-def collect_neighbours(
-    data: Labelled, classes: int, bank: int = BANK, seed: int = 0, k: int = NEIGHBOURS
-) -> Neighbours:
-    """Draws the bank: the same number of labelled voxels from every scene, or all that it has.
+def draw_bank(
+    data: Labelled, classes: int, bank: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same number of labelled voxels from every scene, or all that it has.
 
     Args:
       data: training scenes.
       classes: K.
       bank: most voxels of all scenes together, at least one a scene.
       seed: of the draw, which depends on the seed and the scene's place alone.
-      k: how many neighbours vote.
+
+    Returns:
+      Features (B, C) float32, labels (B,) int32 from 0 to K - 1, and places of their scenes (B,).
 
     Raises:
-      ValueError: no labelled voxel, too small a bank, or a label that is no class.
+      ValueError: no labelled voxel, too small a bank, or a label above K - 1.
     """
     share = bank // max(len(data), 1)
-    if share < 1 or k < 1:
-        raise ValueError(
-            f"bank={bank} for {len(data)} scenes and k={k}: expected at least one voxel a scene "
-            "and one neighbour"
-        )
+    if share < 1:
+        raise ValueError(f"bank={bank} for {len(data)} scenes: expected at least one voxel a scene")
     parts, labels = [], []
     for scene, (features, there) in enumerate(data):
         rows = draw_rows(known(there, classes), share, (seed, scene))
         parts.append(features[rows])
         labels.append(there[rows])
-    rows = np.concatenate(parts)
-    if not len(rows):
+    scenes = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    if not len(scenes):
         raise ValueError("no labelled voxel in the training scenes: their labels are all -1")
+    return np.concatenate(parts), np.concatenate(labels), scenes
+
+
+def collect_neighbours(
+    data: Labelled, classes: int, bank: int = BANK, seed: int = 0, k: int = NEIGHBOURS
+) -> Neighbours:
+    """Neighbours among a bank that is drawn from training scenes.
+
+    Args:
+      data, classes, bank, seed: see `draw_bank`.
+      k: how many neighbours vote, at least 1.
+
+    Raises:
+      ValueError: see `draw_bank`; or k below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: expected at least one neighbour")
+    rows, labels, _ = draw_bank(data, classes, bank, seed)
     directions = Directions.of(rows)
-    return Neighbours(directions, directions(rows), np.concatenate(labels), classes, k)
+    return Neighbours(directions, directions(rows), labels, classes, k)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Protocols: how labels are used to turn an encoder into a predictor.
 
-`ridge` and `knn` are closed forms. The others train a segmentation with the trainer of the
-pretraining: same loop, checkpoints, resume, meshes.
+Some are fitted to frozen features at once: `ridge`, `knn`, `logistic`. The others train a
+segmentation with the trainer of the pretraining: same loop, checkpoints, resume, meshes.
 """
 
 import functools
@@ -18,6 +18,7 @@ from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate
 from point_jax.evaluation.features import EncoderFeatures, LabelledVoxels, RawFeatures
 from point_jax.evaluation.knn import KnnPredictor, collect_neighbours
+from point_jax.evaluation.logistic import fit_logistic
 from point_jax.evaluation.predict import LinearPredictor, Predictor
 from point_jax.evaluation.ridge import fit_ridge
 from point_jax.features.encoder import Encoder
@@ -32,9 +33,10 @@ from point_jax.training.schedules import optimizer_schedule
 from point_jax.training.state import init_state
 from point_jax.training.step import make_train_step
 
-CLOSED_FORMS = ("ridge", "knn")
+FITTED = ("ridge", "knn", "logistic")
 TRAINED = tuple(PROTOCOLS)
 SCRATCH = "scratch"
+FLOORS_OF_TRAINED = "logistic"  # the best linear layer there is, so that no floor is too low
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,24 @@ class DecoderFeatures:
             yield features.decoder().at_voxels()
 
 
-def closed_form(
+def fitted(
     protocol: str, candidate: Candidate, scenes: Sequence[Scene], classes: int, seed: int
 ) -> Predictor:
-    """A predictor fitted in one pass over the training scenes.
+    """A predictor fitted to the frozen features of the training scenes.
 
     Args:
-      protocol: one of `CLOSED_FORMS`.
+      protocol: one of `FITTED`.
       candidate: what gives the features.
       scenes: training scenes with labels.
       classes: K.
-      seed: of an untrained encoder, and of which voxels neighbours are looked for among.
+      seed: of an untrained encoder, and of which voxels are drawn.
     """
     extractor = candidate.extractor(seed)
     data = LabelledVoxels(extractor, scenes, candidate.grid_size)
     if protocol == "ridge":
         return fit_ridge(data, classes).predictor(extractor)
+    if protocol == "logistic":
+        return fit_logistic(data, classes, seed=seed).predictor(extractor)
     return KnnPredictor(extractor, collect_neighbours(data, classes, seed=seed))
 
 

@@ -142,19 +142,14 @@ def fit_ridge(data: Labelled, classes: int, balance: float = BALANCE) -> Ridge:
     Features of all scenes are made once, those of the held-out scenes twice.
 
     Args:
-      data: at least two training scenes; of fewer than five the last is the one held out.
+      data: at least two training scenes; see `held_out`.
       classes: K.
       balance: see `BALANCE`.
 
     Raises:
       ValueError: too few scenes, no labels in those fitted or held out, or a label above K - 1.
     """
-    if len(data) < 2:
-        raise ValueError(
-            f"ridge chooses its penalty on training scenes held out; there are {len(data)} "
-            "training scenes, give at least 2"
-        )
-    held = set(range(len(data))[HELD_OUT - 1 :: HELD_OUT]) or {len(data) - 1}
+    held = held_out(len(data), "ridge")
     counts = sum(
         np.bincount(labels[known(labels, classes)], minlength=classes) for labels in data.labels()
     )
@@ -168,7 +163,7 @@ def fit_ridge(data: Labelled, classes: int, balance: float = BALANCE) -> Ridge:
         (kept_out if scene in held else fitted).add(features, labels, weights)
     assert fitted is not None and kept_out is not None
     candidates = [solve(fitted, penalty) for penalty in PENALTIES]
-    penalty, temperature, miou = _choose(data.take(sorted(held)), candidates, classes)
+    penalty, temperature, miou = _choose(data.take(held), candidates, classes)
     kernel, bias = solve(fitted + kept_out, penalty)
     return Ridge(
         (kernel / temperature).astype(np.float32),
@@ -177,6 +172,20 @@ def fit_ridge(data: Labelled, classes: int, balance: float = BALANCE) -> Ridge:
         temperature,
         miou,
     )
+
+
+def held_out(scenes: int, probe: str) -> list[int]:
+    """Places of the training scenes that choose a penalty: every fifth; of fewer the last.
+
+    Raises:
+      ValueError: fewer than two scenes; names the probe.
+    """
+    if scenes < 2:
+        raise ValueError(
+            f"{probe} chooses its penalty on training scenes held out; there are {scenes} "
+            "training scenes, give at least 2"
+        )
+    return list(range(scenes)[HELD_OUT - 1 :: HELD_OUT]) or [scenes - 1]
 
 
 def _choose(

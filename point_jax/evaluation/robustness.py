@@ -16,7 +16,7 @@ from point_jax.evaluation.labelled_scenes import LabelledScenes, framed_scenes
 from point_jax.evaluation.modalities import thin_labels, without
 from point_jax.evaluation.partial import Axes, views
 from point_jax.evaluation.predict import Predictor
-from point_jax.evaluation.protocols import closed_form
+from point_jax.evaluation.protocols import fitted
 from point_jax.evaluation.report import Condition
 from point_jax.evaluation.scoring import score
 
@@ -57,7 +57,7 @@ def robustness(
     """
 
     def fit(scenes: Sequence[Scene]) -> Predictor:
-        return closed_form(PROTOCOL, candidate, scenes, len(classes), seed)
+        return fitted(PROTOCOL, candidate, scenes, len(classes), seed)
 
     def row(condition: str, predict: Predictor, scenes: Sequence[Scene]) -> Condition:
         say(condition)

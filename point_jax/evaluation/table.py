@@ -8,11 +8,11 @@ import numpy as np
 
 from point_jax.evaluation.candidates import RANDOM, RAW
 from point_jax.evaluation.classes import S3DIS_AREAS
-from point_jax.evaluation.protocols import CLOSED_FORMS, SCRATCH, TRAINED
+from point_jax.evaluation.protocols import FITTED, SCRATCH, TRAINED
 from point_jax.evaluation.report import HEADLINE, RESOLUTIONS, markdown_table, or_dash, percent
 from point_jax.evaluation.results import MEANS, Found, Row, Setting
 
-PROTOCOLS = (*CLOSED_FORMS, *TRAINED)  # in the order of the rows
+PROTOCOLS = (*FITTED, *TRAINED)  # in the order of the rows
 HEADS = {
     "encoder": "encoder",
     "protocol": "protocol",
