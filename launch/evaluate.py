@@ -102,8 +102,7 @@ class Evaluation:
         if protocol in FITTED:
             return fitted(protocol, candidate, self.train, len(self.classes), self.config.seed)
         config = self.settled(candidate)
-        classes = len(self.classes)
-        return trained(protocol, candidate, config, classes, workdir, self.change)
+        return trained(protocol, candidate, config, self.classes, workdir, self.change)
 
     def settled(self, candidate: Candidate) -> Config:
         """The config with what depends on the candidate: its voxels, where its weights are from."""

@@ -6,7 +6,8 @@
 --input is a file (PLY, PCD, LAS, LAZ, NPZ, text as XYZ or CSV, OBJ, GLB, glTF, STL), a scene folder
 with coord.npy, or a folder that is searched for them. Results that are there already stay.
 
-  --checkpoint=DIR     a run's folder, or what launch.convert wrote
+  --checkpoint=DIR     a run's folder, or what launch.convert wrote; of a segmentation (the
+                       --workdir of launch.evaluate) the NPZ has the points' classes, too
   --output=DIR         gets NAME.npz: coord and features, input point i is row i
   --format=npz         some of npz, ply (PCA colours), png (picture), html (page that turns)
   --up_cast=K          carry the coarsest features K levels up and join them; default: all levels
@@ -55,7 +56,8 @@ from point_jax.data.prepared import Prepared, is_prepared, read_prepared
 from point_jax.data.readers import Scan, read_cloud
 from point_jax.data.scenes import SceneError
 from point_jax.features.encoder import Encoder
-from point_jax.features.load import load
+from point_jax.features.head import SegmentationHead
+from point_jax.features.load import load, load_head
 from point_jax.training.config import ConfigError
 from point_jax.training.metrics import params_digest
 
@@ -115,6 +117,7 @@ def note(failed: dict[Path, str], job: Job, error: SceneError, options: Options)
 
 def encode(
     encoder: Encoder,
+    head: SegmentationHead | None,
     batch: Sequence[tuple[Job, Scan | Prepared]],
     options: Options,
     failed: dict[Path, str],
@@ -129,11 +132,11 @@ def encode(
     try:
         stream = zip(scans, encoder.stream([scan for _, scan in scans]), strict=True)
         for (job, scan), features in stream:
-            yield job, Result(job.name, [features], scan, encoder.grid_size)
+            yield job, Result(job.name, [features], scan, encoder.grid_size, head)
     except SceneError:  # raised before the first is encoded: find out which one it is
         for job, scan in scans:
             try:
-                yield job, Result(job.name, encoder([scan]), scan, encoder.grid_size)
+                yield job, Result(job.name, encoder([scan]), scan, encoder.grid_size, head)
             except SceneError as error:
                 note(failed, job, error, options)
     for job, cloud in batch:
@@ -146,7 +149,7 @@ def encode(
         except SceneError as error:
             note(failed, job, error, options)
             continue
-        yield job, Result(job.name, features, cloud, encoder.grid_size)
+        yield job, Result(job.name, features, cloud, encoder.grid_size, head)
 
 
 def load_encoder(options: Options) -> Encoder:
@@ -193,14 +196,16 @@ def main(argv: Sequence[str]) -> int:
         return 0
     command.make_folder(options.given.output)
     encoder = load_encoder(options)
-    record.bind(params_digest(encoder.params))
+    head = load_head(options.given.checkpoint)
+    layer = {} if head is None else {"kernel": head.kernel, "bias": head.bias}
+    record.bind(params_digest(encoder.params | layer))
     failed: dict[Path, str] = {}
     made = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
         task = progress.add_task("encoding", total=len(jobs))
         for batch in batches(jobs, options, failed):
-            for job, result in encode(encoder, batch, options, failed):
+            for job, result in encode(encoder, head, batch, options, failed):
                 for remark in result.notes:
                     progress.print(f"{job.path}: {remark}", markup=False, soft_wrap=True)
                 write(result, job.files, options.given.up_cast, options.given.levels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from point_jax.data.prepared import Prepared
 from point_jax.data.readers import Frame, Scan
 from point_jax.data.scenes import UP
 from point_jax.features.export import feature_arrays
+from point_jax.features.head import SegmentationHead
 from point_jax.features.maps import PointFeatures
+from point_jax.visual.classes import class_colors
 from point_jax.visual.codes import cosine_codes
 from point_jax.visual.files import whole, write_npz, write_ply
 from point_jax.visual.page import PageCloud, write_page
@@ -30,12 +33,14 @@ class Result:
         features: one cloud; several for a prepared file with offsets.
         source: what was read.
         grid_size: edge of a voxel in metres; places a prepared file that has no coordinates.
+        head: tells the class of each point; None where the checkpoint has none.
     """
 
     name: str
     features: Sequence[PointFeatures]
     source: Scan | Prepared
     grid_size: float
+    head: SegmentationHead | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -57,6 +62,17 @@ class Result:
                 arrays["normal"] = Frame(up=self.frame.up).to_file(self.source.normal)
         return {name: array for name, array in arrays.items() if array is not None}
 
+    @cached_property
+    def segments(self) -> list[np.ndarray]:
+        """(n,) int32 for each cloud, classes of its points; [] without a head."""
+        return [] if self.head is None else [self.head(cloud) for cloud in self.features]
+
+    def labels(self) -> dict[str, np.ndarray]:
+        """`segment` of all points and the names of its `classes`; {} without a head."""
+        if self.head is None:
+            return {}
+        return {"segment": np.concatenate(self.segments), "classes": np.array(self.head.classes)}
+
 
 @dataclass(frozen=True)
 class _Shown:
@@ -69,6 +85,8 @@ class _Shown:
     rows: np.ndarray
     owner: np.ndarray
     pca: np.ndarray
+    segment: np.ndarray | None  # classes of the points, and the colours of classes
+    palette: np.ndarray
 
 
 def write(
@@ -84,7 +102,7 @@ def write(
     """
     if "npz" in files:
         arrays = feature_arrays(result.features, up_cast, levels, result.frame.to_file)
-        write_npz(files["npz"], arrays | result.own())
+        write_npz(files["npz"], arrays | result.own() | result.labels())
     shown = _shown(result, up_cast) if {"ply", "png", "html"} & set(files) else []
     if "ply" in files:
         coord = result.frame.to_file(np.concatenate([cloud.coord for cloud in shown]))
@@ -105,6 +123,7 @@ def _shown(result: Result, up_cast: int | None) -> list[_Shown]:
     # One PCA for the clouds of a file, so that a colour means the same in each.
     colors = fit_pca_colors([level.features for level in maps])
     shown, voxel = [], np.float32(result.grid_size)
+    palette = class_colors(len(result.head.classes) if result.head else 0)
     for i, (cloud, level) in enumerate(zip(result.features, maps, strict=True)):
         scan = result.source if isinstance(result.source, Scan) else None
         name = result.name if len(maps) == 1 else f"{result.name}, cloud {i}"
@@ -117,6 +136,8 @@ def _shown(result: Result, up_cast: int | None) -> list[_Shown]:
                 level.features,
                 level.ancestor[level.inverse],
                 colors(level.features),
+                result.segments[i] if result.segments else None,
+                palette,
             )
         )
     return shown
@@ -129,6 +150,9 @@ def _picture(cloud: _Shown):
         Panel(title, cloud.coord, color, cloud.normal),
         Panel("PCA of the features", cloud.coord, cloud.pca[cloud.owner], cloud.normal),
     ]
+    if cloud.segment is not None:
+        classes = cloud.palette[cloud.segment]
+        panels.append(Panel("predicted classes", cloud.coord, classes, cloud.normal))
     return side_by_side(panels, label=cloud.name)
 
 
@@ -140,6 +164,8 @@ def _page(path: Path, result: Result, shown: Sequence[_Shown]) -> None:
         colorings = {"PCA": cloud.pca[cloud.owner]}
         if cloud.color is not None:
             colorings["colours"] = cloud.color
+        if cloud.segment is not None:
+            colorings["predicted classes"] = cloud.palette[cloud.segment]
         clouds.append(
             PageCloud(
                 cloud.name, cloud.coord, colorings, cloud.normal, owner=cloud.owner, origin=origin

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from point_jax.features.encoder import Encoder
-    from point_jax.features.load import load
+    from point_jax.features.load import load, load_head
     from point_jax.features.maps import PointFeatures
 
-__all__ = ["Encoder", "PointFeatures", "load"]
+__all__ = ["Encoder", "PointFeatures", "load", "load_head"]
 
-_HOME = {"Encoder": "encoder", "PointFeatures": "maps", "load": "load"}
+_HOME = {"Encoder": "encoder", "PointFeatures": "maps", "load": "load", "load_head": "load"}
 
 
 def __getattr__(name: str) -> Any:

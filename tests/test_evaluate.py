@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from small import small_config
 
+import point_jax
 from configs import segmentation
 from launch import command, evaluate
 from point_jax.data.rooms import CLASSES, RoomSpec, make_room
 from point_jax.data.scenes import write_dataset_json, write_scene
+from point_jax.evaluation.confusion import confusion, scores
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
@@ -81,7 +83,7 @@ def test_a_trained_probe_goes_on_repeats_and_has_floors(tmp_path):
     assert first["per_class"] == found["per_class"]
 
 
-def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path):
+def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path, capsys):
     assert run(tmp_path, "scratch", "random") == 0
     first = results(tmp_path)
     check(first, "scratch", "random")
@@ -90,6 +92,17 @@ def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path):
     found = results(tmp_path)
     assert set(found["resolution"]) == {"voxel", "full", "voted"}
     assert found["per_class"] == first["per_class"]
+    # Network and layer together predict what was scored.
+    encoder, head = point_jax.load(tmp_path), point_jax.load_head(tmp_path)
+    assert head is not None and head.classes == CLASSES and encoder.grid_size == 0.1
+    counts = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    for seed in (5, 6):
+        scene = make_room(seed, RoomSpec(**SPEC))
+        counts += confusion(head(encoder([scene])[0]), scene.segment, len(CLASSES))
+    assert scores(counts, CLASSES).per_class == first["per_class"]
+    assert run(tmp_path / "again", "ridge", tmp_path / "segmentor") == 0
+    assert run(tmp_path / "run", "ridge", tmp_path) == 1
+    assert "segmentor is what it trained" in capsys.readouterr().err
 
 
 def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint, capsys):

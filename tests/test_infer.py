@@ -17,7 +17,7 @@ from point_jax.data.normals import estimate_normals
 from point_jax.data.readers import read_cloud
 from point_jax.data.scenes import Scene, write_dataset_json, write_scene
 from point_jax.interop.release import config_of
-from point_jax.interop.store import Weights, save_weights
+from point_jax.interop.store import Weights, load_weights, save_weights
 from point_jax.models.functional import functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec, StageSpec
@@ -112,6 +112,31 @@ def test_a_folder_becomes_an_npz_each_with_a_row_a_point(run, scans, tmp_path, e
         wanted = encoder([{"coord": coord, "color": color, "normal": normal}])[0]
         close(got["features"], wanted.at_points())
         assert set(got) == {"coord", "features", "color", "normal"}
+
+
+def test_a_segmentation_tells_the_class_of_every_point(run, scans, tmp_path, checkpoint, encoder):
+    draw = np.random.default_rng(0)
+    weights = load_weights(checkpoint)
+    coord, color, normal = cloud(0)
+    features = encoder([{"coord": coord, "color": color, "normal": normal}])[0].at_points()
+    kernel = draw.normal(size=(sum(CHANNELS), 3)).astype(np.float32)
+    head = {"kernel": kernel, "bias": -(features @ kernel).mean(0)}
+    source = {"classes": ["wall", "floor", "lamp"]}
+    params = weights.params | {"seg_head": head}
+    save_weights(
+        tmp_path / "segmentor",
+        Weights("segmentor", weights.variant, weights.config, params, source=source),
+    )
+    arguments = (f"--checkpoint={tmp_path / 'segmentor'}", "--format=npz,png,html")
+    code, _, _ = run(f"--input={scans / 'a.ply'}", *arguments)
+    assert code == 0
+    got = arrays(tmp_path / "out" / "a.npz")
+    logits = got["features"] @ head["kernel"] + head["bias"]
+    np.testing.assert_array_equal(got["segment"], logits.argmax(1))
+    assert got["segment"].dtype == np.int32 and len(np.unique(got["segment"])) > 1
+    assert got["classes"].tolist() == source["classes"]
+    assert "predicted classes" in (tmp_path / "out" / "a.html").read_text()
+    assert point_jax.load_head(checkpoint) is None
 
 
 def test_levels_and_up_cast(run, scans, tmp_path, encoder):

@@ -6,7 +6,7 @@ segmentation with the trainer of the pretraining: same loop, checkpoints, resume
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from point_jax.data.pipeline import make_batches
 from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate
+from point_jax.evaluation.classes import Classes
 from point_jax.evaluation.features import EncoderFeatures, LabelledVoxels, RawFeatures
 from point_jax.evaluation.knn import KnnPredictor, collect_neighbours
 from point_jax.evaluation.logistic import fit_logistic
@@ -23,6 +24,8 @@ from point_jax.evaluation.predict import LinearPredictor, Predictor
 from point_jax.evaluation.ridge import fit_ridge
 from point_jax.features.encoder import Encoder
 from point_jax.features.voxels import Voxels
+from point_jax.interop.release import config_of
+from point_jax.interop.store import SEGMENTOR, Weights, digest, save_weights
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.segmentation import Segmentation
 from point_jax.objectives.settings import PROTOCOLS, make_segmentation
@@ -97,7 +100,7 @@ def trained(
     protocol: str,
     candidate: Candidate,
     config: Config,
-    classes: int,
+    classes: Classes,
     workdir: Path,
     change: Callable[[Scene], Scene],
 ) -> Predictor:
@@ -107,15 +110,15 @@ def trained(
       protocol: one of `TRAINED`.
       candidate: the encoder that it starts from; an untrained one for `scratch`.
       config: the whole config; `crops.grid_size` is the candidate's.
-      classes: K.
-      workdir: of the run.
+      classes: of the labels.
+      workdir: of the run; gets `segmentor`, the weights, see `store`.
       change: what is done to every training scene.
 
     Raises:
       Stopped: by a signal.
       ConfigError: a value that does not fit.
     """
-    objective = make_segmentation(config, protocol, classes, candidate.network)
+    objective = make_segmentation(config, protocol, len(classes), candidate.network)
     code = train(
         config,
         workdir,
@@ -129,6 +132,8 @@ def trained(
         raise Stopped(code)
     student, teacher = _result(objective, workdir)
     head, backbone = student["head"], objective.whole(student, teacher)
+    if candidate.network is not None and jax.process_index() == 0:
+        _keep(workdir, objective, candidate, backbone, head, classes)
     return _predictor(objective, candidate, backbone, head)
 
 
@@ -163,13 +168,41 @@ def _result(objective: Segmentation, workdir: Path) -> tuple[Any, Any]:
     return found["student"], found["teacher"]
 
 
+def _keep(
+    workdir: Path,
+    objective: Segmentation,
+    candidate: Candidate,
+    backbone: Any,
+    head: Any,
+    classes: Classes,
+) -> None:
+    """What was trained as weights, for `point_jax.load`, `launch.infer` and `launch.convert`."""
+    if (workdir / SEGMENTOR).exists():  # of an earlier start of the same finished training
+        return
+    variant, config = config_of(_network(objective))
+    source = {
+        "format": "workdir",
+        "file": workdir.name,
+        "grid_size": candidate.grid_size,
+        "classes": list(classes.names),
+    }
+    params = {"backbone": backbone, "seg_head": head}
+    weights = Weights("segmentor", variant, config, params, source=source)
+    marked = replace(weights, source=source | {"sha256": digest(weights)})
+    save_weights(workdir / SEGMENTOR, marked)
+
+
+def _network(objective: Segmentation) -> PTv3Spec:
+    return objective.trunk.spec  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _predictor(
     objective: Segmentation, candidate: Candidate, backbone: Any, head: Any
 ) -> LinearPredictor:
     kernel, bias = np.asarray(head["kernel"]), np.asarray(head["bias"])
     if candidate.network is None:
         return LinearPredictor(RawFeatures(), kernel, bias)
-    network: PTv3Spec = objective.trunk.spec  # pyright: ignore[reportAttributeAccessIssue]
+    network = _network(objective)
     encoder = Encoder(network, backbone, candidate.grid_size)
     if network.decoder:
         return LinearPredictor(DecoderFeatures(encoder), kernel, bias)

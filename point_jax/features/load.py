@@ -1,15 +1,17 @@
-"""An encoder from a checkpoint."""
+"""An encoder from a checkpoint, and the segmentation layer that belongs to it."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from point_jax.features.encoder import Encoder
+from point_jax.features.head import SegmentationHead
 from point_jax.features.voxels import INPUTS, Input
 from point_jax.interop.release import spec_of
-from point_jax.interop.store import MANIFEST, load_weights
+from point_jax.interop.store import MANIFEST, SEGMENTOR, Weights, load_weights
 from point_jax.interop.workdir import find_run, read_workdir
 from point_jax.training.checkpoint import CheckpointError
 
@@ -29,8 +31,8 @@ def load(
     """Loads an encoder.
 
     Args:
-      path: a folder that `launch.convert` wrote, one in which `launch.train` trained, or of such
-        a one `checkpoints/<step>`.
+      path: a folder that `launch.convert` wrote, one in which `launch.train` trained, of such a
+        one `checkpoints/<step>`, or one in which `launch.evaluate` trained a segmentation.
       tree: of a pretraining, which of the two networks.
       grid_size: edge of a voxel, metres; None for the one that the network was trained with.
       inputs: the properties of a point that the network reads; needed for raw clouds where they
@@ -45,16 +47,7 @@ def load(
     path = Path(path)
     if tree not in ("teacher", "student"):
         raise ValueError(f"tree is {tree!r}; expected teacher or student")
-    if find_run(path):
-        weights = read_workdir(path)
-    elif (path / MANIFEST).is_file():
-        weights = load_weights(path)
-    else:
-        what = "no such folder" if not path.exists() else "neither a run nor converted weights"
-        raise CheckpointError(
-            f"{path}: {what}; expected the --workdir of launch.train with a checkpoint in it, or "
-            "what launch.convert made of a PyTorch file"
-        )
+    weights = _read(path)
     params = weights.params[tree] if weights.kind == "pretraining" else weights.params
     if "backbone" not in params:
         raise CheckpointError(f"{path}: holds a {weights.kind}, not an encoder")
@@ -68,4 +61,36 @@ def load(
         grid_size=trained_with if grid_size is None else grid_size,
         inputs=inputs,
         **options,
+    )
+
+
+def load_head(path: str | Path) -> SegmentationHead | None:
+    """The segmentation layer that belongs to the encoder of a checkpoint; None if it has none.
+
+    Args:
+      path: as for `load`.
+
+    Raises:
+      CheckpointError: nothing there, or damaged.
+    """
+    weights = _read(Path(path))
+    head = weights.params.get("seg_head")
+    if head is None:
+        return None
+    bias = np.asarray(head["bias"])
+    classes = weights.source.get("classes") or [str(i) for i in range(len(bias))]
+    return SegmentationHead(np.asarray(head["kernel"]), bias, tuple(classes))
+
+
+def _read(path: Path) -> Weights:
+    if (path / SEGMENTOR / MANIFEST).is_file():
+        return load_weights(path / SEGMENTOR)
+    if find_run(path):
+        return read_workdir(path)
+    if (path / MANIFEST).is_file():
+        return load_weights(path)
+    what = "no such folder" if not path.exists() else "neither a run nor converted weights"
+    raise CheckpointError(
+        f"{path}: {what}; expected the --workdir of launch.train with a checkpoint in it, or what "
+        "launch.convert made of a PyTorch file"
     )

@@ -27,6 +27,7 @@ from point_jax.training.checkpoint import CheckpointError
 
 MANIFEST, ARRAYS = "manifest.json", "arrays"
 FORMAT, VERSION = "point_jax weights", 1
+SEGMENTOR = "segmentor"  # folder of weights in that of an evaluation that trained one
 KINDS = ("encoder", "pretraining", "segmentor", "linear_head")
 
 
@@ -46,7 +47,8 @@ class Weights:
         back: Concerto's image branch, counters of batch norms.
       source: where they come from: `file`, `format`, `sha256`, and what the way back needs:
         `prefix` of Pointcept's keys, `dtypes` (name -> keys) other than float32, `numbers`; and
-        how many `keys` there were.
+        how many `keys` there were. Of what was trained here `grid_size` in metres, and a
+        segmentor's `classes`.
     """
 
     kind: str

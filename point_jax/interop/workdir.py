@@ -11,7 +11,7 @@ from jax.sharding import SingleDeviceSharding
 from point_jax.interop.convert import backbone_template
 from point_jax.interop.files import read_json
 from point_jax.interop.release import config_of
-from point_jax.interop.store import Weights, digest, leaves
+from point_jax.interop.store import SEGMENTOR, Weights, digest, leaves
 from point_jax.objectives.settings import default_network, network_spec
 from point_jax.training import checkpoint
 from point_jax.training.checkpoint import FOLDER, CheckpointError
@@ -60,6 +60,11 @@ def read_workdir(workdir: Path | str) -> Weights:
         raise CheckpointError(f"{workdir} is no run's folder: no {CONFIG} and {FOLDER} in it")
     workdir, step = found
     content = read_json(workdir / CONFIG)
+    if "protocol" in content.get("config", {}):
+        raise CheckpointError(
+            f"{workdir} is the run of a segmentation, not of a pretraining; when its evaluation "
+            f"has finished, {workdir / SEGMENTOR} is what it trained"
+        )
     try:
         # A run of an older program lacks the newest keys, and had what are now their defaults.
         spec = network_spec(default_network().to_dict() | content["config"]["network"])
