@@ -7,22 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import clouds_of, load
+from golden_step import GoldenStep
 from test_ptv3 import close
 
-from point_jax.data.views import ViewSpec
-from point_jax.geometry.curves import curve_depth
 from point_jax.geometry.matching import nearest
 from point_jax.interop.pointcept import from_state_dict, to_state_dict
-from point_jax.interop.release import spec_of
 from point_jax.models import layers
 from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster
 from point_jax.objectives.rows import LOSSES
-from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.sonata import Sonata
 from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.prototypes import log_sum_over_points, prototype_loss
-
-CAPACITIES, CLOUDS = (1024, 768, 512, 128, 64), 4
 
 
 def normal(seed, *shape):
@@ -136,123 +132,6 @@ def test_memory_of_the_loss_does_not_grow_by_a_matrix_of_scores():
 
     matrix = points * 2048 * 4  # what 2,048 more prototypes would add to one matrix of scores
     assert peak(4096) - peak(2048) < matrix / 4
-
-
-class GoldenStep:
-    """The original's inputs of a whole step as two rows, one a scene."""
-
-    def __init__(self, name, rows=True):
-        self.arrays, about = load(name)
-        config = about["config"]
-        self.grad_names = about["grad_param_names"]
-        backbone = dict(config["backbone"])
-        network = spec_of(backbone, backbone.pop("type"))
-        shares = (1.0, 0.75, 0.5, 0.125, 0.0625)
-        self.objective = Sonata(
-            SonataSpec(network, ViewSpec(max_size=512), shares, hidden=64, embed=32, prototypes=64)
-        )
-        weights = load(about["weights_file"].removesuffix(".npz"))[0]
-        template = jax.eval_shape(self.objective.init, jax.random.key(0))[0]
-
-        def tree(which):
-            parts = {
-                part: from_state_dict(
-                    {k: v for k, v in weights.items() if k.startswith(f"{which}.{part}.")},
-                    template[part],
-                    f"{which}.{part}.",
-                )
-                for part in template
-            }
-            return jax.tree.map(jnp.asarray, parts)
-
-        self.student, self.teacher = tree("student"), tree("teacher")
-        self.schedule = {"teacher_temp": jnp.float32(about["runtime"]["teacher_temp"])}
-        self.momentum = about["runtime"]["momentum"]
-        if rows:
-            parts = [self._row(scene) for scene in range(2)]
-            self.rows = jax.tree.map(lambda *part: jnp.stack(part), *parts)
-
-    def _views(self, scene, views, side, points, mask):
-        """`side` names the grid, `points` the inputs: (views of a scene) clouds each."""
-        arrays = self.arrays
-        offset = arrays[f"in.{points}_offset"]
-        cloud = clouds_of(offset)
-        grid = arrays[f"{side}.grid_coord"]
-        spec = self.objective.spec.network.hierarchy(CAPACITIES, CLOUDS)
-        # One depth for the whole batch, as the original has it.
-        depth = np.array([curve_depth(jnp.int32(grid.max() >> level)) for level in range(5)])
-        depths = jnp.broadcast_to(jnp.asarray(depth)[:, None], (5, CLOUDS))
-        mine = cloud // views == scene
-        pad = CAPACITIES[0] - mine.sum()
-
-        def rows(x):
-            return jnp.asarray(np.concatenate([x[mine], np.zeros((pad, *x.shape[1:]), x.dtype)]))
-
-        return jax.jit(self.objective.rows.arrange, static_argnums=7)(
-            rows(grid),
-            rows(arrays[f"in.{points}_feat"])[:, :3],
-            rows(arrays[f"in.{points}_origin_coord"]),
-            rows(arrays[f"in.{points}_feat"]),
-            rows(cloud % views),
-            jnp.arange(CAPACITIES[0]) < mine.sum(),
-            rows(mask),
-            spec,
-            depths,
-        )
-
-    def _row(self, scene):
-        mask, local = self.arrays["mask"], self.arrays["in.local_offset"][-1]
-        students = (
-            self._views(scene, 2, "student_mask_global", "global", mask),
-            self._views(scene, 4, "student_local", "local", np.zeros(local, bool)),
-        )
-        return jax.jit(self.objective.rows.assemble)(
-            self._views(scene, 2, "teacher_global", "global", np.zeros_like(mask)),
-            jax.tree.map(lambda *sides: jnp.stack(sides), *students),
-            jax.random.key(0),
-            jnp.float32(1),
-        )
-
-    def run(self):
-        """Losses, and gradients by the original's names."""
-        key, objective = jax.random.key(0), self.objective
-
-        def step(student, teacher, rows):
-            targets = objective.targets(teacher, rows, key, self.schedule)
-
-            def add(total, piece):
-                (value, (count, stats)), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                    student, piece, targets.shared, key, self.schedule
-                )
-                return total, (value, count, stats, grads)
-
-            parts = jax.lax.scan(add, None, targets.pieces)[1]
-            total, count, stats, grads = jax.tree.map(lambda x: x.sum(0), parts)
-            return total / 2, stats | {"count": count}, jax.tree.map(lambda g: g / 2, grads)
-
-        with unshuffled():
-            total, stats, grads = jax.jit(step)(self.student, self.teacher, self.rows)
-        assert float(stats["count"]) == 2
-        losses = {name: float(stats[name]["loss"]) / 2 for name in LOSSES} | {"loss": float(total)}
-        named = {}
-        for part, tree in grads.items():
-            named |= to_state_dict(jax.tree.map(np.asarray, tree), f"student.{part}.")
-        return losses, named
-
-
-class unshuffled:
-    """The golden steps were computed with the orders in their places."""
-
-    def __enter__(self):
-        from point_jax.models import ptv3
-
-        self.turns = ptv3._turns
-        ptv3._turns = lambda key, levels, orders: self.turns(None, levels, orders)
-
-    def __exit__(self, *_):
-        from point_jax.models import ptv3
-
-        ptv3._turns = self.turns
 
 
 # The losses are held to the golden files' own tolerance. Their gradients cannot be: the original

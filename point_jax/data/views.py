@@ -100,6 +100,7 @@ class ViewBatch:
       origin: (V, N, 3) float32, the same points in the scene's coordinates.
       color: (V, N, 3) float32, augmented, 0 to 1.
       normal: (V, N, 3) float32, rotated and mirrored with the points.
+      source: (V, N) int32, the scene's row that each point is.
       count: (V,) int32.
     """
 
@@ -107,6 +108,7 @@ class ViewBatch:
     origin: jax.Array
     color: jax.Array
     normal: jax.Array
+    source: jax.Array
     count: jax.Array
 
 
@@ -180,7 +182,8 @@ def make_views(scene: dict[str, jax.Array], key: jax.Array, spec: ViewSpec) -> V
         )
         if own_color:
             colors = change_color(colors, used, draw_color(color_key, spec.color))
-        return ViewBatch(moved, origin, colors, normals, count), overflow
+        source = jnp.where(used, index[rows], 0)
+        return ViewBatch(moved, origin, colors, normals, source, count), overflow
 
     # View by view: a loop skips what a draw leaves out, and needs the memory of one view.
     global_, global_overflow = jax.lax.map(

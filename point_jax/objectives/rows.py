@@ -42,6 +42,7 @@ class Views(NamedTuple):
       mask: (N,) bool, masked points.
       hierarchy: the row's structure, one cloud a view.
       origin: (A, 3) float32, scene coordinates of the points of the heads' level, metres.
+      source: (N,) int32, the scene's row that each point is from.
       dropped: () int32, points that did not fit the row.
     """
 
@@ -50,6 +51,7 @@ class Views(NamedTuple):
     mask: jax.Array
     hierarchy: Hierarchy
     origin: jax.Array
+    source: jax.Array
     dropped: jax.Array
 
 
@@ -173,6 +175,7 @@ class RowMaker:
         cloud: jax.Array,
         valid: jax.Array,
         mask: jax.Array,
+        source: jax.Array,
         spec: HierarchySpec,
         depths: jax.Array | None = None,
     ) -> Views:
@@ -185,6 +188,7 @@ class RowMaker:
           features: (A, 9) float32.
           cloud: (A,) int32, the view.
           valid, mask: (A,) bool.
+          source: (A,) int32, rows of the scene.
           spec: the row's shape.
           depths: bits of the curves, see `build_hierarchy`.
         """
@@ -199,7 +203,7 @@ class RowMaker:
         origin, coord = packed[:, width : width + 3], packed[:, width + 3 : width + 6]
         for level in hierarchy[1 : len(hierarchy) - self.up_cast]:
             origin = cluster_mean(origin, level.first_child)
-        return Views(features, coord, mask, hierarchy, origin, overflow)
+        return Views(features, coord, mask, hierarchy, origin, take_rows(source, order), overflow)
 
     def _points(self, views: ViewBatch, coord: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """What `arrange` takes: the points of all views, one after the other, with the voxels of
@@ -218,7 +222,8 @@ class RowMaker:
             return jnp.pad(x, ((0, rest),) + ((0, 0),) * (x.ndim - 1))
 
         points = dict(grid=grid, coord=coord, origin=views.origin, features=features)
-        return jax.tree.map(flat, points | dict(cloud=cloud, valid=valid, mask=mask))
+        points |= dict(cloud=cloud, valid=valid, mask=mask, source=views.source)
+        return jax.tree.map(flat, points)
 
     def _stats(self, row: Row, scene: Scene, points: jax.Array, overflow) -> Stats:
         sides = (row.teacher, *(student(row, side) for side in SIDES))
@@ -248,10 +253,14 @@ def student(row: Row, side: str) -> Views:
     return jax.tree.map(lambda x: x[SIDES.index(side)], row.students)
 
 
+def side_of(name: str) -> str:
+    """The student's side that a loss is about, of `SIDES`."""
+    return "local" if name == "unmask" else "masked"
+
+
 def student_level(row: Row, name: str, up_cast: int) -> Level:
     """The level on which a loss compares the student's points."""
-    side = student(row, "local" if name == "unmask" else "masked")
-    return side.hierarchy[-1 - up_cast]
+    return student(row, side_of(name)).hierarchy[-1 - up_cast]
 
 
 def matched_per_view(match: jax.Array, level: Level) -> jax.Array:

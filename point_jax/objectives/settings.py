@@ -65,7 +65,8 @@ def default_views() -> ConfigDict:
 def default_objective() -> ConfigDict:
     """The section `objective`: Sonata's base recipe; see `SonataSpec`."""
     fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
-    return ConfigDict({k: v for k, v in fields.items() if k not in ("network", "views")}).lock()
+    left_out = ("network", "views", "shared_head")  # the last one is Concerto's
+    return ConfigDict({k: v for k, v in fields.items() if k not in left_out}).lock()
 
 
 def default_decoder() -> ConfigDict:

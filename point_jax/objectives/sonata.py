@@ -24,10 +24,12 @@ from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import (
     LOSSES,
+    SIDES,
     Row,
     RowMaker,
     Views,
     matched_per_view,
+    side_of,
     student_level,
 )
 from point_jax.objectives.teacher import move_teacher
@@ -66,6 +68,7 @@ class SonataSpec:
       student_temperature: of the student's softmax.
       match_radius: farthest match, metres.
       matched_views_only: leave views without any match out of the mean instead of counting 0.
+      shared_head: the teacher's mask head also gives the targets of the unmask loss (Concerto).
     """
 
     network: PTv3Spec
@@ -80,6 +83,7 @@ class SonataSpec:
     student_temperature: float = 0.1
     match_radius: float = 0.32
     matched_views_only: bool = False
+    shared_head: bool = False
 
     def __post_init__(self) -> None:
         limits.check(vars(self), SONATA_LIMITS)
@@ -142,6 +146,8 @@ class Sonata:
             )
         )
         self.rows = spec.rows
+        # Whose embeddings are compared with those of each of the student's sides.
+        self.teacher_heads = (HEADS[0], HEADS[0]) if spec.shared_head else HEADS
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Parameters of the student, backbone, mask_head and unmask_head, and the same again."""
@@ -192,10 +198,11 @@ class Sonata:
                 "feature_sum": used.sum(0),
                 "feature_square": (used * used).sum(0),
             }
-            return {head: self._embed(teacher[head], x, level.count) for head in HEADS}, stats
+            heads = dict.fromkeys(self.teacher_heads)
+            return {head: self._embed(teacher[head], x, level.count) for head in heads}, stats
 
         embeddings, stats = jax.lax.map(embed, rows.teacher)
-        directions = {head: self._directions(teacher[head]) for head in embeddings}
+        directions = {head: self._directions(teacher[head]) for head in self.teacher_heads}
         scales = {
             name: self._sinkhorn(embeddings, directions, rows, name, schedule, axis)
             for name in LOSSES
@@ -203,7 +210,7 @@ class Sonata:
         views = self._matched_views(rows, axis)
         # One entry more: the loss that there is none of.
         shared = {
-            "directions": jnp.stack([directions[head] for head in HEADS]),
+            "directions": jnp.stack([directions[head] for head in self.teacher_heads]),
             "scales": jnp.stack([*scales.values(), jnp.zeros(self.spec.prototypes)]),
             "views": jnp.stack([*views.values(), jnp.ones(())]),
         }
@@ -223,7 +230,7 @@ class Sonata:
             side=jnp.broadcast_to(jnp.arange(2), (scenes, 2)),
             losses=jnp.broadcast_to(jnp.array([[0, 1], [2, none]]), (scenes, 2, 2)),
             matches=jnp.stack(matches, axis=1).reshape(scenes, 2, 2, -1),
-            teacher=jnp.stack([embeddings[head] for head in HEADS], axis=1),
+            teacher=jnp.stack([embeddings[head] for head in self.teacher_heads], axis=1),
             key=jax.vmap(jax.random.split)(rows.key),
             scenes=rows.scenes[:, None] * jnp.array([[1.0, 0.0]]),
         )
@@ -236,7 +243,7 @@ class Sonata:
         In log space an assignment is score / temperature + scale of the prototype + scale of the
         point; normalising points last leaves a softmax, so only the prototypes' scales are kept.
         """
-        head = head_of(name)
+        head = self.teacher_heads[SIDES.index(side_of(name))]
 
         def one_round(scale: jax.Array | None) -> jax.Array:
             def add(total, this):
@@ -308,8 +315,32 @@ class Sonata:
         Returns:
           (sum, (count, stats)): the counts of a row's pieces sum to 1, to 0 for an empty scene.
         """
+        levels = self.student_levels(student, piece, key)
+        x = up_cast(levels, piece.views.hierarchy, self.spec.up_cast)
+        values, stats = self.compare(student, x, piece, shared, schedule)
+        return (jnp.array(self.spec.weights) * values).sum(), (piece.scenes, stats)
+
+    def student_levels(
+        self, student: Params, piece: Piece, key: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """The student's features of every level of a piece; arguments as for `loss`."""
         order_key = jax.random.fold_in(key, 1 + piece.side)
-        x = self.features(student["backbone"], piece.views, order_key, piece.key)
+        return self.levels(student["backbone"], piece.views, order_key, piece.key)
+
+    @jax.named_scope("losses")
+    def compare(
+        self,
+        student: Params,
+        x: jax.Array,
+        piece: Piece,
+        shared: dict[str, jax.Array],
+        schedule: Schedule,
+    ) -> tuple[jax.Array, Stats]:
+        """The losses (3,) of a piece, 0 for those of the other side, and its sums.
+
+        `x` (A, channels) are the student's features at the heads' level; the other arguments are
+        those of `loss`.
+        """
         level = piece.views.hierarchy[-1 - self.spec.up_cast]
         head = jax.tree.map(
             lambda first, second: jnp.where(piece.side == 0, first, second),
@@ -336,7 +367,6 @@ class Sonata:
             return value, matched.sum(), sums
 
         values, matched, sums = jax.lax.map(compare, (piece.losses, piece.matches))
-        total = (jnp.array([*self.spec.weights, 0.0])[piece.losses] * values).sum()
         mine = jax.nn.one_hot(piece.losses, len(LOSSES))  # (2, 3)
         found = {"loss": values, "matched": matched, "sums": sums}
         stats: Stats = {
@@ -344,7 +374,7 @@ class Sonata:
             for i, name in enumerate(LOSSES)
         }
         stats = jax.lax.stop_gradient(stats | {"rows": piece.scenes})
-        return total, (piece.scenes, stats)
+        return (values[:, None] * mine).sum(0), stats
 
     def features(
         self,
@@ -354,8 +384,19 @@ class Sonata:
         noise_key: jax.Array | None,
     ) -> jax.Array:
         """(A, channels) backbone features of a row, carried up to the heads' level."""
+        levels = self.levels(backbone, views, order_key, noise_key)
+        return up_cast(levels, views.hierarchy, self.spec.up_cast)
+
+    def levels(
+        self,
+        backbone: Params,
+        views: Views,
+        order_key: jax.Array | None,
+        noise_key: jax.Array | None,
+    ) -> tuple[jax.Array, ...]:
+        """(N, C) backbone features of every level of a row, finest first."""
         clouds = len(views.hierarchy[0].starts) - 1
-        out = self.backbone(
+        return self.backbone(
             backbone,
             views.features,
             views.hierarchy,
@@ -363,8 +404,7 @@ class Sonata:
             coord=views.coord,
             order_key=order_key,
             noise_keys=None if noise_key is None else jax.random.split(noise_key, clouds),
-        )
-        return up_cast(out.levels, views.hierarchy, self.spec.up_cast)
+        ).levels
 
     @jax.named_scope("losses")
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
@@ -407,11 +447,6 @@ class Sonata:
     @jax.named_scope("heads")
     def _directions(self, head: Params) -> jax.Array:
         return self._head(head, method="directions")
-
-
-def head_of(name: str) -> str:
-    """The head that a loss uses."""
-    return "unmask_head" if name == "unmask" else "mask_head"
 
 
 def _use(mean: jax.Array) -> jax.Array:

@@ -1,0 +1,260 @@
+"""Concerto (arXiv:2510.23607): Sonata, and what images of the scene say of its points.
+
+Beside Sonata's losses the student's masked large views predict the features that a frozen image
+encoder gives to the patches which see their points: voxel features are carried up, averaged over
+each patch, projected, and compared by their direction. The image side is a part of the teacher;
+how its features come about is an `ImageBranch`'s business.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from point_jax import limits
+from point_jax.models.functional import Params
+from point_jax.models.ptv3 import up_cast
+from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.rows import LOSSES, Row, student
+from point_jax.objectives.sonata import Piece, Sonata, SonataSpec
+from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shifted_cosine
+
+SCALE = 10.0  # of the loss, the original's
+
+CONCERTO_LIMITS = {
+    "image_up_cast": limits.whole(0),
+    "image_weight": limits.number(above=0),
+}
+
+
+@dataclass(frozen=True)
+class ConcertoSpec:
+    """The objective; the defaults are the original's.
+
+    Attributes:
+      points: the point losses, with weights 1/8, 1/8 and 2/8, and one head of the teacher for all.
+      image_up_cast: levels that the coarsest features are carried up before they are averaged over
+        patches.
+      image_weight: of the image loss.
+    """
+
+    points: SonataSpec
+    image_up_cast: int = 3
+    image_weight: float = 4 / 8
+
+    def __post_init__(self) -> None:
+        limits.check(vars(self), CONCERTO_LIMITS)
+        levels = len(self.points.network.encoder)
+        if not self.image_up_cast < levels:
+            raise ValueError(
+                f"image_up_cast is {self.image_up_cast}, expected 0 to {levels - 1} for "
+                f"{levels} levels"
+            )
+
+
+class ImageBranch(Protocol):
+    """Images of a scene, and the features of their patches.
+
+    Attributes:
+      height, width: of every image, in patches.
+      channels: of a patch's features, F.
+    """
+
+    height: int
+    width: int
+    channels: int
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters of the image encoder; {} without one."""
+        ...
+
+    def prepare(self, scene: Scene, key: jax.Array) -> tuple[Any, jax.Array]:
+        """Images (any pytree, leading axis I) and places (P, I, 2) of the scene's points in them.
+
+        Places are (row, column) in patches, -1 where an image does not see the point, see
+        `ops.correspondence`.
+        """
+        ...
+
+    def features(self, params: Params, images: Any) -> jax.Array:
+        """(I, height * width, F) float32."""
+        ...
+
+
+class ConcertoRow(NamedTuple):
+    """A scene, ready for the networks.
+
+    Attributes:
+      points: see `rows.Row`.
+      images: of the `ImageBranch`.
+      patch: (A, I) int32, the patch that sees each point of the masked views on the level of the
+        image loss; height * width for none, and for all but the major view.
+    """
+
+    points: Row
+    images: Any
+    patch: jax.Array
+
+
+class ConcertoPiece(NamedTuple):
+    """One side of a row's student.
+
+    Attributes:
+      points: see `sonata.Piece`.
+      patch: as in the row; none on the local side.
+      scene: () int32, place of the scene among this device's.
+    """
+
+    points: Piece
+    patch: jax.Array
+    scene: jax.Array
+
+
+class Concerto:
+    """The objective's functions; see `interface.Objective`. Immutable.
+
+    Attributes:
+      spec: the settings.
+      points: the point losses.
+      images: the image side.
+    """
+
+    scenes_per_row = 1
+
+    def __init__(self, spec: ConcertoSpec, images: ImageBranch):
+        self.spec, self.images = spec, images
+        self.points = Sonata(spec.points)
+        self._level = -1 - spec.image_up_cast
+        self._patches = images.height * images.width
+        stages = spec.points.network.encoder[self._level :]
+        self._inputs = sum(stage.channels for stage in stages)
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Sonata's student and a projection `patch_proj`; Sonata's teacher and `image`."""
+        points_key, kernel_key, bias_key, image_key = jax.random.split(key, 4)
+        student, teacher = self.points.init(points_key)
+        # As PyTorch starts a linear layer.
+        draw = partial(jax.random.uniform, minval=-(self._inputs**-0.5), maxval=self._inputs**-0.5)
+        student["patch_proj"] = {
+            "kernel": draw(kernel_key, (self._inputs, self.images.channels)),
+            "bias": draw(bias_key, (self.images.channels,)),
+        }
+        image = self.images.init(image_key)
+        return student, teacher | ({"image": image} if image else {})
+
+    def prepare(
+        self, scenes: Scene, key: jax.Array, schedule: Schedule
+    ) -> tuple[ConcertoRow, Stats]:
+        """Views, masks, structure, matches, and which patches see which points."""
+        points, stats = self.points.prepare(scenes, jax.random.fold_in(key, 0), schedule)
+        scene = {name: x[0] for name, x in scenes.items()}
+        images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
+        patch = self.patches_of(points, places)
+        stats["image_pairs"] = (patch < self._patches).sum().astype(jnp.float32)
+        return ConcertoRow(points, images, patch), stats
+
+    @jax.named_scope("geometry")
+    def patches_of(self, row: Row, places: jax.Array) -> jax.Array:
+        """(A, I) int32, see `ConcertoRow.patch`; places (P, I, 2) are of the scene's points."""
+        masked = student(row, "masked")
+        first = masked.hierarchy[0]
+        major = (first.valid & (first.cloud == 0))[:, None, None]
+        places = jnp.where(major, jnp.take(places, masked.source, axis=0, mode="clip"), -1.0)
+        for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.image_up_cast]:
+            places = pool_places(places, level.first_child)
+        return patch_of(places, self.images.height, self.images.width)
+
+    def targets(
+        self,
+        teacher: Params,
+        rows: ConcertoRow,
+        key: jax.Array,
+        schedule: Schedule,
+        axis: str | None = None,
+    ) -> Targets:
+        """Sonata's targets, the images' features, and over how many patches the image loss goes."""
+        points = self.points.targets(teacher, rows.points, key, schedule, axis)
+        scenes = len(rows.patch)
+        with jax.named_scope("images"):
+            encode = partial(self.images.features, teacher.get("image", {}))
+            features = jax.lax.map(encode, rows.images)
+        hit = jax.vmap(self._hit)(rows.patch).sum()
+        hit = hit if axis is None else jax.lax.psum(hit, axis)
+        none = jnp.full_like(rows.patch, self._patches)
+        pieces = ConcertoPiece(
+            points=points.pieces,
+            patch=jnp.stack([rows.patch, none], axis=1).reshape(-1, *rows.patch.shape[1:]),
+            scene=jnp.repeat(jnp.arange(scenes), 2),
+        )
+        count = rows.points.scenes.sum()
+        count = count if axis is None else jax.lax.psum(count, axis)
+        shared = {"points": points.shared, "features": features, "patches": hit, "scenes": count}
+        return Targets(pieces, shared, points.stats)
+
+    def _hit(self, patch: jax.Array) -> jax.Array:
+        """() float32, how many patches of a scene's images see one of its points."""
+        seen = jnp.zeros((patch.shape[1], self._patches + 1))
+        seen = seen.at[jnp.arange(patch.shape[1])[None], patch].set(1.0)
+        return seen[:, : self._patches].sum()
+
+    def loss(
+        self,
+        student: Params,
+        piece: ConcertoPiece,
+        shared: Params,
+        key: jax.Array,
+        schedule: Schedule,
+    ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
+        """Sonata's losses of a piece and the image loss, a mean over all patches hit in the batch.
+
+        If no patch of the global batch sees a point, the image loss is the mean of the others, as
+        in the original where a GPU has no image (REFERENCE quirk 17).
+        """
+        levels = self.points.student_levels(student, piece.points, key)
+        hierarchy = piece.points.views.hierarchy
+        x = up_cast(levels, hierarchy, self.spec.points.up_cast)
+        values, stats = self.points.compare(student, x, piece.points, shared["points"], schedule)
+        with jax.named_scope("images"):
+            carried = up_cast(levels, hierarchy, self.spec.image_up_cast)
+            summed, hit = self._image_loss(student["patch_proj"], carried, piece, shared)
+        some = shared["patches"] > 0
+        # A batch's loss is a sum over its scenes, this one a sum over its patches.
+        image = summed * shared["scenes"] / jnp.maximum(shared["patches"], 1.0)
+        total = (jnp.array(self.spec.points.weights) * values).sum()
+        total = total + self.spec.image_weight * jnp.where(some, image, values.mean())
+        stats |= jax.lax.stop_gradient({"image": {"loss": summed, "patches": hit}})
+        return total, (piece.points.scenes, stats)
+
+    def _image_loss(
+        self, projection: Params, x: jax.Array, piece: ConcertoPiece, shared: Params
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sum over the patches hit of the scaled loss, and their number."""
+        means, seen = patch_means(x.astype(jnp.float32), piece.patch, self._patches)
+        predicted = means @ projection["kernel"] + projection["bias"][None, None]
+        loss = shifted_cosine(predicted, shared["features"][piece.scene])
+        hit = seen > 0
+        return SCALE * jnp.where(hit, loss, 0.0).sum(), hit.sum().astype(jnp.float32)
+
+    def follow(
+        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+    ) -> Params:
+        """The point teacher as a moving average; the image encoder stays as it is."""
+        image = {name: part for name, part in teacher.items() if name == "image"}
+        points = {name: part for name, part in teacher.items() if name != "image"}
+        followed = {name: student[name] for name in points}
+        return self.points.follow(points, followed, schedule, good) | image
+
+    def metrics(self, stats: Stats) -> dict[str, jax.Array]:
+        """Sonata's, the image loss, and how many patches it is a mean over."""
+        out = self.points.metrics(stats)
+        hit = stats["image"]["patches"]
+        others = sum(out[f"{name}_loss"] for name in LOSSES) / len(LOSSES)
+        mean = stats["image"]["loss"] / jnp.maximum(hit, 1.0)
+        out["image_loss"] = jnp.where(hit > 0, mean, others)
+        out["loss"] = out["loss"] + self.spec.image_weight * out["image_loss"]
+        scenes = jnp.maximum(stats["rows"], 1.0)
+        out["image_patches"] = hit / scenes
+        out["image_pairs"] = stats["image_pairs"] / scenes
+        return out

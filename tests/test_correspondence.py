@@ -1,0 +1,80 @@
+"""Places in images against their definitions, in plain numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shifted_cosine
+
+HEIGHT, WIDTH, IMAGES, POINTS = 3, 4, 2, 40
+
+
+def places_of(seed, points=POINTS):
+    draw = np.random.default_rng(seed)
+    places = draw.uniform(0, [HEIGHT, WIDTH], (points, IMAGES, 2)).astype(np.float32)
+    places[draw.random((points, IMAGES)) < 0.4] = -1
+    return places
+
+
+def test_a_cluster_lies_where_its_seen_points_lie_on_average():
+    places, first = places_of(0), np.array([0, 3, 3, 10, 11, 11])  # the last slots are padding
+    found = np.asarray(pool_places(jnp.asarray(places), jnp.asarray(first)))
+    for cluster, (start, end) in enumerate(zip(first[:-1], first[1:], strict=True)):
+        for image in range(IMAGES):
+            seen = [p for p in places[start:end, image] if p[0] >= 0]
+            want = np.mean(seen, axis=0) if seen else [-1, -1]
+            np.testing.assert_allclose(found[cluster, image], want, rtol=1e-6)
+
+
+def test_a_patch_is_the_whole_part_of_a_place():
+    places = np.array([[[0.0, 0.99]], [[2.999, 3.999]], [[1.5, 2.0]], [[-1, -1]], [[3.0, 1.0]],
+                       [[1.0, 4.0]], [[-1, 2.0]]], np.float32)  # fmt: skip
+    found = np.asarray(patch_of(jnp.asarray(places), HEIGHT, WIDTH))[:, 0]
+    np.testing.assert_array_equal(found, [0, 11, 6, 12, 12, 12, 12])
+
+
+def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_gradient():
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=(POINTS, 5)).astype(np.float32)
+    patches = HEIGHT * WIDTH
+    patch = np.asarray(patch_of(jnp.asarray(places_of(2)), HEIGHT, WIDTH))
+    means, count = patch_means(jnp.asarray(x), jnp.asarray(patch), patches)
+    assert means.shape == (IMAGES, patches, 5) and count.sum() == (patch < patches).sum()
+    for image in range(IMAGES):
+        for place in range(patches):
+            mine = x[patch[:, image] == place]
+            assert count[image, place] == len(mine)
+            want = mine.mean(0) if len(mine) else np.zeros(5)
+            np.testing.assert_allclose(means[image, place], want, atol=1e-6)
+    slope = draw.normal(size=means.shape).astype(np.float32)
+    grad = jax.grad(lambda x: (patch_means(x, jnp.asarray(patch), patches)[0] * slope).sum())(x)
+    want = np.zeros_like(x)
+    for point, image in zip(*np.nonzero(patch < patches), strict=True):
+        place = patch[point, image]
+        want[point] += slope[image, place] / count[image, place]
+    np.testing.assert_allclose(grad, want, atol=1e-5)
+
+
+def test_points_that_no_image_sees_reach_nothing():
+    patch = np.full((POINTS, IMAGES), HEIGHT * WIDTH)
+    patch[0] = 3
+    x = np.full((POINTS, 2), np.nan, np.float32)
+    x[0] = 1
+    means, count = patch_means(jnp.asarray(x), jnp.asarray(patch), HEIGHT * WIDTH)
+    assert np.isfinite(means).all() and count.sum() == IMAGES
+
+
+def test_the_cosine_knows_no_offset_and_no_length():
+    draw = np.random.default_rng(3)
+    a, b = draw.normal(size=(2, 6, 9))
+    want = [1 - np.corrcoef(p, q)[0, 1] for p, q in zip(a, b, strict=True)]
+    found = shifted_cosine(jnp.float32(a) * 7 + 2, jnp.float32(b) * 0.1 - 5)
+    np.testing.assert_allclose(found, want, atol=1e-5)
+    assert shifted_cosine(jnp.float32(a), jnp.float32(a)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gradient_of_constant_vectors_is_finite():
+    flat, other = jnp.ones(4), jnp.arange(4.0)
+    value, grad = jax.value_and_grad(shifted_cosine)(flat, other)
+    assert value == 1 and np.isfinite(grad).all()
