@@ -1,6 +1,6 @@
 """Weights that a new run starts from: of another run, or converted."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ from point_jax.training.checkpoint import CheckpointError
 Tree = Any  # nested dicts of arrays
 
 
-def initial_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
+def initial_weights(
+    source: Path, template: Mapping[str, Tree], optional: Collection[str] = ()
+) -> dict[str, Tree]:
     """The parts of a new run's state that a checkpoint gives it.
 
     Args:
       source: a run's folder, its checkpoint, or what `launch.convert` wrote. A pretraining gives
         student and teacher whole; an encoder becomes the backbone of both, and heads start afresh.
       template: `student` and `teacher`, trees of `jax.ShapeDtypeStruct` with shardings.
+      optional: names directly below those that start afresh where the source lacks them, as
+        Concerto's projection does when it starts from Sonata.
 
     Returns:
       Trees like the template's, or parts of them.
@@ -29,10 +33,11 @@ def initial_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tre
         misshapen keys are named.
     """
     if not (source / MANIFEST).is_file():
-        return checkpoint.load_weights(source, template)
+        wanted = _without_new(template, checkpoint.saved_names(source), optional)
+        return checkpoint.load_weights(source, wanted)
     weights = load_weights(source)
     if weights.kind == "pretraining":
-        given, wanted = weights.params, dict(template)
+        given, wanted = weights.params, _without_new(template, weights.params, optional)
     elif "backbone" in weights.params:
         encoder = {"backbone": weights.params["backbone"]}
         given = dict.fromkeys(template, encoder)
@@ -41,3 +46,17 @@ def initial_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tre
         raise CheckpointError(f"{source} holds a {weights.kind}; a run starts from an encoder")
     checkpoint.compare_trees(source, given, wanted)
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), given, wanted)
+
+
+def _without_new(
+    template: Mapping[str, Tree], there: Mapping[str, Collection[str]], optional: Collection[str]
+) -> dict[str, Tree]:
+    """The template without the optional names that a source lacks."""
+    return {
+        part: {
+            name: leaf
+            for name, leaf in tree.items()
+            if name not in optional or name in there.get(part, ())
+        }
+        for part, tree in template.items()
+    }

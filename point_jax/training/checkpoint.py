@@ -139,6 +139,20 @@ def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
 
 
+def saved_names(source: Path) -> dict[str, list[str]]:
+    """Part -> names directly below it in a run's newest checkpoint; `source` as in `load_weights`.
+
+    Raises:
+        CheckpointError: no checkpoint there, or it cannot be read.
+    """
+    folder = _newest(source)
+    try:
+        saved = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / "state")).tree
+    except Exception as error:
+        raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
+    return {part: list(tree) for part, tree in saved.items() if isinstance(tree, Mapping)}
+
+
 def any_saved(workdir: Path) -> bool:
     """Whether a run has left a checkpoint, readable or not, in its folder."""
     return bool(_steps(workdir / FOLDER))

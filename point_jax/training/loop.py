@@ -51,6 +51,7 @@ def train(
     make_schedule: Callable[[Config, int], Schedule],
     make_batches: Callable[..., Iterator[Batch]],
     load_initial: Callable[[Path, Any], dict[str, Any]] = checkpoint.load_weights,
+    load_frozen: Callable[[Any], dict[str, Any]] | None = None,
     prepare_pictures: Callable[[], WritePictures] | None = None,
     prepare_measure: Callable[[], Measure] | None = None,
 ) -> int:
@@ -74,6 +75,8 @@ def train(
             batches of this process from batch number `start` on, one a step, without end.
         load_initial: `(config.init_from, template) -> weights`: `student` and `teacher` that the
             run starts from, or parts of their trees; the rest starts afresh.
+        load_frozen: `(template) -> weights`: parts of those trees that a new run has from elsewhere
+            in any case, as the weights of an image encoder.
         prepare_pictures: called by the first process before the first step, to load what the
             pictures show. It gives a function that is called once at the end with the untrained
             teacher's parameters, the trained teacher's, and the folder. A run whose pictures fail
@@ -120,10 +123,12 @@ def train(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
             jax.eval_shape(make_state, key),
         )
-        weights = {}
+        initial = frozen = {}
+        parts = {name: template[name] for name in ("student", "teacher")}
         if config.init_from and not saved_before:
-            parts = {name: template[name] for name in ("student", "teacher")}
-            weights = load_initial(Path(config.init_from), parts)
+            initial = load_initial(Path(config.init_from), parts)
+        if load_frozen is not None and not saved_before:
+            frozen = load_frozen(parts)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
         resources.callback(checkpoints.close)
         found = checkpoints.restore(template, say)
@@ -145,8 +150,8 @@ def train(
             state = found[0]
             say(f"going on after step {start} of {steps}")
         else:  # start, perhaps with another run's student and teacher
-            state = _merge(make_state(key), weights)
-            if weights:
+            state = _merge(_merge(make_state(key), initial), frozen)
+            if initial:
                 say(f"starting with the weights of {config.init_from}")
         schedule = make_schedule(config, steps)
         step_function = make_step(objective, config, devices)
