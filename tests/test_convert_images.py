@@ -1,5 +1,6 @@
 """Image encoders come in as published, or are refused with every reason."""
 
+import hashlib
 import json
 import sys
 
@@ -109,7 +110,11 @@ def test_several_files_with_an_index(tmp_path):
         index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
     write(places)
-    equal(converted(folder, None, None)[0].params, want)
+    weights, _ = converted(folder, None, None)
+    equal(weights.params, want)
+    files = [index, *(folder / name for name in names)]
+    content = b"".join(file.read_bytes() for file in files)
+    assert weights.source["sha256"] == hashlib.sha256(content).hexdigest()
     moved = min(places)
     write(places | {moved: names[1]})
     said = refused(folder, None, None)
@@ -211,7 +216,7 @@ def test_the_rest_of_the_folder(tmp_path, capsys):
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
     to_image_encoder(read_file(folder))
-    for bad in ([0.485, 0.456, 0.406], [0.5], None):
+    for bad in ([0.485, 0.456, 0.406], [0.5], None, ["a"] * 3):
         file.write_text(json.dumps({"image_mean": bad}))
         assert "image_mean is" in refused(folder, None, None)
     file.unlink()

@@ -25,14 +25,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from point_jax.interop import hdf5
+from point_jax.interop import hdf5, shards
 from point_jax.interop.atomic import new_file, new_folder
 from point_jax.training.checkpoint import CheckpointError
 
 State = dict[str, np.ndarray]
 
 TENSORS, CONFIG = "model.safetensors", "config.json"
-SHARDS = "model.safetensors.index.json"  # in the place of one file: which file has which array
 OLDEST_TORCH = (2, 10)
 NEEDS_TORCH = "a .pth file needs PyTorch: pip install 'point_jax[torch]'"
 
@@ -57,6 +56,7 @@ class Foreign:
       state: arrays by the file's keys, of the file's dtypes, bit for bit.
       format: "pth", "safetensors" or "hdf5".
       file: the file of the arrays; of several, their index.
+      shards: the several files.
       numbers: plain numbers beside the state dict, such as Pointcept's `epoch`.
       left_out: what else the file has, in words, such as an optimizer's state.
     """
@@ -67,6 +67,7 @@ class Foreign:
     file: Path
     numbers: dict[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
 
 
 def read_file(path: Path) -> Foreign:
@@ -82,7 +83,7 @@ def read_file(path: Path) -> Foreign:
         if not has_tensors(path):
             raise CheckpointError(f"{path} holds no weights: no {TENSORS} in it")
         if not (path / TENSORS).is_file():
-            return _read_shards(path / SHARDS)
+            return _read_safetensors(path / shards.INDEX)
         path = path / TENSORS
     try:
         with path.open("rb") as file:
@@ -103,13 +104,17 @@ def read_file(path: Path) -> Foreign:
 
 def has_tensors(folder: Path) -> bool:
     """Whether a folder holds safetensors, in one file or several."""
-    return (folder / TENSORS).is_file() or (folder / SHARDS).is_file()
+    return (folder / TENSORS).is_file() or (folder / shards.INDEX).is_file()
 
 
-def sha256_of(file: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(*files: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes; of several, end to end, as `cat` gives them."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                total.update(part)
+    return total.hexdigest()
 
 
 def json_values(value: Any, what: str) -> Any:
@@ -150,28 +155,13 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _read_safetensors(path: Path) -> Foreign:
+    """One file, or the several that an index names; with the config beside it."""
     config = read_json(path.with_name(CONFIG)) if path.with_name(CONFIG).exists() else None
-    return Foreign(config, _not_empty(_arrays(path), path), "safetensors", path)
-
-
-def _read_shards(index: Path) -> Foreign:
-    """All arrays of a folder with an index; each must be in the file that the index says."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} holds no weight_map")
-    state: State = {}
-    for name in sorted({str(place) for place in places.values()}):
-        file = index.with_name(name) if Path(name).name == name else None
-        if file is None or not file.is_file():
-            raise CheckpointError(f"{index} names {name!r}, which is no file beside it")
-        found, named = _arrays(file), {key for key, place in places.items() if place == name}
-        faults = [f"missing {key}" for key in sorted(named - found.keys())]
-        faults += [f"extra {key}" for key in sorted(found.keys() - named)]
-        if faults:
-            raise CheckpointError(f"{file} is not what {index.name} says: {'; '.join(faults)}")
-        state |= found
-    config = read_json(index.with_name(CONFIG)) if index.with_name(CONFIG).exists() else None
-    return Foreign(config, _not_empty(state, index), "safetensors", index)
+    if path.name != shards.INDEX:
+        return Foreign(config, _not_empty(_arrays(path), path), "safetensors", path)
+    files = shards.shard_files(path, read_json(path))
+    state = _not_empty(shards.read_shards(path, files, _arrays), path)
+    return Foreign(config, state, "safetensors", path, shards=tuple(files))
 
 
 def _arrays(path: Path) -> State:

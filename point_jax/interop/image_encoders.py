@@ -202,13 +202,12 @@ def to_image_encoder(foreign: Foreign) -> tuple[Weights, list[str]]:
     source = {
         "file": foreign.file.name,
         "format": foreign.format,
-        "sha256": sha256_of(foreign.file),
+        "sha256": sha256_of(foreign.file, *foreign.shards),
         "keys": len(state),
         "left_out": left_out,
     }
-    return Weights(
-        "image_encoder", variant, config, {"image_encoder": params}, {}, source
-    ), left_out
+    named = {"image_encoder": params}
+    return Weights("image_encoder", variant, config, named, source=source), left_out
 
 
 def _transformers_config(foreign: Foreign) -> tuple[str, dict[str, Any]]:
@@ -234,8 +233,8 @@ def _transformers_config(foreign: Foreign) -> tuple[str, dict[str, Any]]:
 def _check_pixels(file: Path, pixels: Pixels) -> None:
     """Compares a folder's preprocessor_config.json, if it has one, with what is built here."""
     found = read_json(file) if file.exists() else {}
+    color = limits.each(limits.number(), "red", "green", "blue")
     for name, want in (("image_mean", pixels.mean), ("image_std", pixels.std)):
         given = found.get(name, want)
-        fits = isinstance(given, list | tuple) and len(given) == 3
-        if not fits or not np.allclose(given, want, rtol=0, atol=1e-6):
+        if not color.holds(given) or not np.allclose(given, want, rtol=0, atol=1e-6):
             raise CheckpointError(f"{file}: {name} is {given}, this network has {list(want)}")
