@@ -43,7 +43,7 @@ def initial_weights(
         given = dict.fromkeys(template, encoder)
         wanted = {part: {"backbone": tree["backbone"]} for part, tree in template.items()}
     else:
-        raise CheckpointError(f"{source} holds a {weights.kind}; a run starts from an encoder")
+        raise CheckpointError(f"{source} holds one {weights.kind}; a run starts from an encoder")
     checkpoint.compare_trees(source, given, wanted)
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), given, wanted)
 
