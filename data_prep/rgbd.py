@@ -19,19 +19,11 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from data_prep.cameras import (
-    backproject,
-    clean_depth,
-    hidden,
-    pixel_of,
-    project,
-    sample_color,
-    sees,
-    transform,
-)
+from data_prep.cameras import backproject, clean_depth, hidden, sample_color
 from data_prep.fuse import finish_cloud, voxel_codes, voxel_mean
 from data_prep.images import read_archive, read_color, read_depth
 from data_prep.progress import counted
+from point_jax.data.cameras import pixel_of, project, sees, transform
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.scenes import Scene, SceneError, write_dataset_json, write_scene
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from data_prep.cameras import sees, transform
 from data_prep.images import read_archive, read_color, read_depth
 from data_prep.progress import counted
+from point_jax.data.cameras import sees, transform
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.scenes import Scene, SceneError, write_dataset_json, write_scene
 

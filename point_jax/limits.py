@@ -103,4 +103,5 @@ def _between(least: float, most: float, above: float = -math.inf, below: float =
 
 NOTHING = Limit(lambda value: value is None, "None")
 PROBABILITY = number(0, 1)
+SWITCH = Limit(lambda value: isinstance(value, bool), "True or False")
 MAPPING = Limit(lambda value: isinstance(value, Mapping), "a dict as in {'name': value}")

@@ -12,6 +12,7 @@ from scipy.spatial import KDTree
 from shared_files import shared
 
 from data_prep import cameras, check, fuse, rgbd, rooms
+from point_jax.data.cameras import pixel_of, project, transform
 from point_jax.data.frames import read_frames
 from point_jax.data.scenes import Dataset, Scene, SceneError, load_scene
 
@@ -98,7 +99,7 @@ def run_rgbd(monkeypatch, recording: Path, output: Path, *more: str) -> None:
 def to_room(scene: Scene) -> np.ndarray:
     """The scene's points in the room's own frame: turned and shifted about the vertical only."""
     to_cloud = rgbd.upright(np.array([0, -2.0, 0]))
-    return cameras.transform(scene.coord.astype(float), np.linalg.inv(to_cloud @ WORLD_OF))
+    return transform(scene.coord.astype(float), np.linalg.inv(to_cloud @ WORLD_OF))
 
 
 # RGB-D
@@ -150,8 +151,8 @@ def check_frames(folder: Path, scene: Scene, points: np.ndarray, root: Path) -> 
         assert np.abs(image[row, column] - expected)[clear].max() <= 6
         # In an empty convex room, in front of a camera and inside its image means seen.
         pose = POSES[int(Path(str(file)).stem[1:])]
-        near = cameras.transform(points, np.linalg.inv(pose))
-        inside = cameras.pixel_of(*cameras.project(near, INTRINSICS), SHAPE)[2]
+        near = transform(points, np.linalg.inv(pose))
+        inside = pixel_of(*project(near, INTRINSICS), SHAPE)[2]
         assert (frames.seen[number] <= inside).all() and frames.seen[
             number
         ].sum() > 0.9 * inside.sum()
@@ -347,7 +348,7 @@ def room_folder(tmp_path) -> Path:
         for index, pose in enumerate(POSES[:4]):
             write_images(folder, f"{index:03d}", pose)
             depth = render(pose)[0] * (draw.random(SHAPE) < 0.2)
-            points.append(cameras.transform(cameras.backproject(depth, INTRINSICS), pose))
+            points.append(transform(cameras.backproject(depth, INTRINSICS), pose))
         points = np.round(np.concatenate(points), 3)
         side = side_of(points)
         inward = np.concatenate([np.eye(3), -np.eye(3)])[[0, 3, 1, 4, 2, 5]]

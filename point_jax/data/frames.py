@@ -84,4 +84,6 @@ def read_frames(folder: str | Path, points: int) -> Frames:
                 f"{file}: {name} has shape {array.shape} of {array.dtype}, expected {shape} for "
                 f"{count} images and {points} points"
             )
+    if not np.isfinite(camera).all() or (size < 1).any():
+        raise SceneError(f"{file}: camera has NaN or infinite values, or size is below 1")
     return Frames(files, size, camera, np.unpackbits(seen, axis=1, count=points).astype(bool))

@@ -6,13 +6,10 @@ resuming means starting at batch b: there is no iterator state to save, and proc
 the i-th part of the same batch that one process would ship alone.
 """
 
-import dataclasses
-import difflib
 import functools
-import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import grain
@@ -20,27 +17,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from point_jax import limits
-from point_jax.data.rooms import RoomSpec, make_room
-from point_jax.data.scenes import Dataset, Scene, SceneError
+from point_jax.data.images import IMAGE_LIMITS, Images, Size, default_images, pad_images
+from point_jax.data.scenes import Scene, SceneError
+from point_jax.data.sources import (
+    Source,
+    build_sources,
+    first_scenes,
+    images_indexed,
+    load_indexed,
+)
 
-_SHUFFLE, _CUT = 0, 1  # what a key derived from the run's seed is for
+_SHUFFLE, _CUT, _IMAGES = 0, 1, 2  # what a key derived from the run's seed is for
 
 DATA_LIMITS = {
     "scene_points": limits.whole(2),
     "threads": limits.whole(0),
     "prefetch": limits.whole(0),
     "cache": limits.whole(0),
-}
-SOURCE_LIMITS = {
-    "kind": limits.text(),
-    "root": limits.text(empty=False),
-    "splits": limits.either(limits.each(limits.text()), limits.text()),
-    "units": limits.text(),
-    "up": limits.text(),
-    "segment": limits.either(limits.NOTHING, limits.text()),
-    "seeds": limits.each(limits.whole(0), "first", "end"),
-    "spec": limits.either(limits.NOTHING, limits.MAPPING),
-    "weight": limits.number(above=0),
 }
 
 log = logging.getLogger(__name__)
@@ -51,105 +44,14 @@ def default_data() -> ConfigDict:
     data = ConfigDict()
     data.scene_points = 180_000  # capacity of a scene on the host; larger ones are cut
     data.skip_bad = False  # True: a scene that cannot be read becomes an empty one
-    data.sources = ()  # dicts: kind ("folder" or "rooms") and the arguments of that factory below
+    data.sources = ()  # dicts: kind ("folder" or "rooms") and the arguments of that factory
     data.threads = 4  # that load scenes
     data.prefetch = 2  # batches loaded ahead
     data.cache = 64  # scenes kept in memory: about 4 MB each for 100,000 points
+    data.images = default_images()  # of the scenes that have any
     data.held_out = ConfigDict({"sources": (), "scenes": 0})  # for pictures; never trained on
     data.held_out.lock()
     return data.lock()
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Scenes 0..size-1 of one origin, and how often it is drawn from.
-
-    Attributes:
-        size: number of scenes.
-        load: index -> Scene; raises SceneError for a scene that cannot be used.
-        weight: share of the stream, relative to the other sources' weights.
-    """
-
-    size: int
-    load: Callable[[int], Scene]
-    weight: float = 1.0
-
-
-def folder_source(
-    root: str,
-    splits: Sequence[str] = ("train",),
-    units: str = "",
-    up: str = "",
-    segment: str | None = None,
-    weight: float = 1.0,
-) -> Source:
-    """The scene folders of `root`; see `point_jax.data.scenes.Dataset` for the arguments."""
-    dataset = Dataset(root, splits, units, up, segment or None)
-    return Source(len(dataset), dataset.load, weight)
-
-
-def rooms_source(
-    seeds: tuple[int, int] = (0, 64),
-    spec: Mapping[str, Any] | None = None,
-    weight: float = 1.0,
-) -> Source:
-    """Procedural rooms of seeds[0] <= seed < seeds[1]; `spec` overrides fields of `RoomSpec`."""
-    first, end = seeds
-    if not 0 <= first < end:
-        raise ValueError(f"seeds={seeds!r} of a rooms source: expected (first, end), first < end")
-    chosen = _known(dict(spec or {}), [field.name for field in dataclasses.fields(RoomSpec)])
-    kinds = {int: limits.whole(), float: limits.number()}
-    limits.check(chosen, {f.name: kinds[type(f.default)] for f in dataclasses.fields(RoomSpec)})
-    room = RoomSpec(**chosen)
-    return Source(end - first, lambda index: make_room(first + index, room), weight)
-
-
-SOURCES: dict[str, Callable[..., Source]] = {"folder": folder_source, "rooms": rooms_source}
-
-
-def build_sources(
-    entries: Sequence[Mapping[str, Any]], place: str = "data.sources"
-) -> list[Source]:
-    """Makes the sources that a config lists.
-
-    Args:
-        entries: mappings with `kind` (a key of `SOURCES`) and that factory's arguments.
-        place: the key that lists them, for errors.
-
-    Raises:
-        ValueError: there is none, or one has an unknown, missing or wrong argument.
-        SceneError: for a folder that is missing or lacks metadata.
-    """
-    if not entries:
-        raise ValueError(f"config.{place} is empty; list at least one dict(kind=..., ...)")
-    sources = []
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            raise ValueError(
-                f"config.{place} lists {entry!r}, expected dicts, as in "
-                "({'kind': 'folder', 'root': 'DIR'},) with the comma at the end"
-            )
-        try:
-            sources.append(_build_source(entry))
-        except SceneError as error:
-            raise SceneError(f"config.{place}[{index}]: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"config.{place}[{index}]: {error}") from error
-    return sources
-
-
-def _build_source(entry: Mapping[str, Any]) -> Source:
-    arguments = dict(entry)
-    kind = arguments.pop("kind", None)
-    _known({kind: None}, list(SOURCES))
-    factory = SOURCES[str(kind)]
-    parameters = inspect.signature(factory).parameters
-    _known(arguments, list(parameters))
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and name not in arguments:
-            raise ValueError(f"a {kind} source needs {name!r}, got {dict(entry)}")
-    limits.check(arguments, SOURCE_LIMITS)
-    return factory(**arguments)
 
 
 def scene_stream(sources: Sequence[Source], seed: int) -> grain.MapDataset:
@@ -209,13 +111,13 @@ def cut_scene(coord: np.ndarray, points: int, key: np.random.Generator) -> np.nd
     return keep
 
 
-def pad_scene(scene: Scene | None, points: int, key: np.random.Generator) -> dict[str, Any]:
+def pad_scene(scene: Scene | None, points: int, keep: np.ndarray | None) -> dict[str, Any]:
     """One slot of a batch: the scene cut to at most `points` and zero-padded to exactly that.
 
     Args:
         scene: None makes an empty slot (count 0).
         points: capacity P of a slot.
-        key: draws where to cut.
+        keep: from `cut_scene`.
 
     Returns:
         coord (P, 3) float32, color (P, 3) uint8, normal (P, 3) float32, segment (P,) int32, -1
@@ -231,7 +133,6 @@ def pad_scene(scene: Scene | None, points: int, key: np.random.Generator) -> dic
     }
     if scene is None:
         return slot
-    keep = cut_scene(scene.coord, points, key)
     count = min(len(scene.coord), points)
     for name in ("coord", "color", "normal", "segment"):
         array = getattr(scene, name)
@@ -261,15 +162,17 @@ def make_batches(
         start_batch: number of steps done so far.
         process_index: which of the processes this is.
         process_count: how many processes share the batch; must divide it.
-        change: what is done to every scene when it is loaded.
+        change: what is done to every scene when it is loaded; its points stay as they are.
 
     Returns:
         An iterator (close() ends its threads) of dicts with leading axis B = global_batch /
         process_count: coord (B, P, 3) float32 metres, color (B, P, 3) uint8, normal (B, P, 3)
         float32, both zero when missing, segment (B, P) int32, count (B,) int32, cut (B,) float32
         share of the scene's points that did not fit, scene (B,) int32 index among all sources'
-        scenes. A scene that cannot be used has count 0 with `skip_bad`, else the iterator raises
-        its SceneError.
+        scenes; with `data.images.count` I > 0 also images (B, I, H, W, 3) uint8, pixels (B, P, I,
+        2) float32, the place of each point in each image as `data.images` defines it, and
+        image_count (B,) int32, 0 for a scene without images. A scene that cannot be used has count
+        0 with `skip_bad`, else the iterator raises its SceneError.
 
     Raises:
         ValueError: for a batch that the processes cannot share, or a wrong source.
@@ -281,13 +184,17 @@ def make_batches(
             f"processes; make it a multiple"
         )
     limits.check(data, DATA_LIMITS, "config.data.")
+    limits.check(data.images, IMAGE_LIMITS, "config.data.images.")
+    size = Size(data.images.height, data.images.width)
     local = global_batch // process_count
     sources = build_sources(data.sources)
     stream = scene_stream(sources, seed)
 
     @functools.lru_cache(maxsize=data.cache)
-    def load(scene: int) -> Scene:
-        return change(load_indexed(sources, scene))
+    def load(scene: int) -> tuple[Scene, Images | None]:
+        loaded = load_indexed(sources, scene)
+        images = images_indexed(sources, scene, loaded) if data.images.count else None
+        return change(loaded), images
 
     skipped = set[int]()  # scenes named before: each comes again every epoch
 
@@ -296,7 +203,7 @@ def make_batches(
         position = (start_batch + batch) * global_batch + process_index * local + place
         index = cast(int, stream[position])
         try:
-            scene = load(index)
+            return fill(index, position, *load(index))
         except SceneError as error:
             if not data.skip_bad:
                 advice = "mend it, or leave such scenes out with --config.data.skip_bad=True"
@@ -304,9 +211,19 @@ def make_batches(
             if index not in skipped:
                 log.warning("skipped a scene: %s", error)
             skipped.add(index)
-            scene = None
-        key = np.random.default_rng((seed, _CUT, position))
-        return pad_scene(scene, data.scene_points, key) | {"scene": np.int32(index)}
+            return fill(index, position, None, None)
+
+    def fill(
+        index: int, position: int, scene: Scene | None, images: Images | None
+    ) -> dict[str, Any]:
+        points, keep = data.scene_points, None
+        if scene is not None:
+            keep = cut_scene(scene.coord, points, np.random.default_rng((seed, _CUT, position)))
+        filled = pad_scene(scene, points, keep) | {"scene": np.int32(index)}
+        if data.images.count:
+            key = np.random.default_rng((seed, _IMAGES, position))
+            filled |= pad_images(images, keep, points, data.images.count, size, key)
+        return filled
 
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=max(1, data.prefetch * local)
@@ -315,15 +232,6 @@ def make_batches(
     batches = iter(items.to_iter_dataset(options).batch(local))
     batches.start_prefetch()  # loads while the step compiles
     return batches
-
-
-def load_indexed(sources: Sequence[Source], scene: int) -> Scene:
-    """Loads a scene by its index among all sources, laid end to end."""
-    for source in sources:
-        if scene < source.size:
-            return source.load(scene)
-        scene -= source.size
-    raise IndexError(f"scene index beyond the {sum(s.size for s in sources)} scenes there are")
 
 
 def held_out(data: Any) -> list[Scene]:
@@ -342,19 +250,3 @@ def held_out(data: Any) -> list[Scene]:
         return []
     sources = build_sources(data.held_out.sources, "data.held_out.sources")
     return first_scenes(sources, data.held_out.scenes)
-
-
-def first_scenes(sources: Sequence[Source], count: int) -> list[Scene]:
-    """The first scene of every source, then the second of every source, up to `count`."""
-    order = sorted((i, s) for s, source in enumerate(sources) for i in range(source.size))
-    return [sources[s].load(i) for i, s in order[:count]]
-
-
-def _known(given: dict[Any, Any], names: Sequence[str]) -> dict[Any, Any]:
-    """Returns `given` when all its keys are among `names`."""
-    for key in given:
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{key!r} in a data source: {guess}known are {', '.join(names)}")
-    return given

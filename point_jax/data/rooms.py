@@ -199,10 +199,11 @@ def camera_path(room: Room, frames: int, rng: np.random.Generator) -> np.ndarray
 
 def scan_path(seed: int, spec: RoomSpec) -> np.ndarray:
     """The (frames, 4, 4) poses from which `make_room` scans the room of a seed."""
-    return _scan_path(build_room(seed), seed, spec)
+    return camera_path_of(build_room(seed), seed, spec)
 
 
-def _scan_path(room: Room, seed: int, spec: RoomSpec) -> np.ndarray:
+def camera_path_of(room: Room, seed: int, spec: RoomSpec) -> np.ndarray:
+    """The same for the `room` of that seed, made already."""
     return camera_path(room, spec.frames, _generator(seed, 1))
 
 
@@ -256,7 +257,7 @@ def make_room(seed: int, spec: RoomSpec | None = None) -> Scene:
     """
     spec = spec or RoomSpec()
     room, rng = build_room(seed), _generator(seed, 2)
-    poses = _scan_path(room, seed, spec)
+    poses = camera_path_of(room, seed, spec)
     seen = _fuse(_scan(room, poses, spec, rng), spec.voxel)
     hits = surface(room.primitives, seen.prim, seen.true)
     normal = to_world(room.primitives, seen.prim, hits.normal)

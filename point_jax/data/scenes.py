@@ -23,6 +23,9 @@ from point_jax.data.checks import (
     check_normal,
     read_array,
 )
+from point_jax.data.frames import read_frames
+from point_jax.data.image_splits import PairedImages, read_split
+from point_jax.data.images import FrameImages, Images
 
 FORMAT = "point_jax"
 VERSION = 1
@@ -76,6 +79,7 @@ class Dataset:
         units: str = "",
         up: str = "",
         segment: str | None = None,
+        image_splits: bool = False,
     ):
         """Lists the scenes without opening them.
 
@@ -86,6 +90,8 @@ class Dataset:
             up: "z", "-z", "y", "-y", "x" or "-x"; needed where the root has no dataset.json.
             segment: stem of the label file, as "segment20"; it must then exist in every scene.
                 None reads segment.npy where there is one.
+            image_splits: the scenes are the entries of Pointcept's `<root>/splits/<split>.json`,
+                a cloud and some images each, instead of the folders in `<root>/<split>`.
 
         Raises:
             SceneError: for a missing folder, empty split, missing or contradicting metadata.
@@ -99,7 +105,12 @@ class Dataset:
         self.classes: tuple[str, ...] | None = stated.get("classes")
         self.segment = segment
         splits = (splits,) if isinstance(splits, str) else tuple(splits)
-        self.folders = tuple(folder for split in splits for folder in self._list(split))
+        self._entries = ()
+        if image_splits:
+            self._entries = tuple(e for split in splits for e in read_split(self.root, split))
+            self.folders = tuple(entry.folder for entry in self._entries)
+        else:
+            self.folders = tuple(folder for split in splits for folder in self._list(split))
 
     def _list(self, split: str) -> list[Path]:
         there = sorted(entry for entry in self.root.iterdir() if entry.is_dir())
@@ -125,6 +136,23 @@ class Dataset:
         """Reads and validates scene `index`; see `load_scene`."""
         folder = self.folders[index]
         return load_scene(folder, self.units, self.up, self.segment, self.classes)
+
+    def images(self, index: int, scene: Scene) -> Images | None:
+        """The images of scene `index`; None where neither its folder nor its entry has any.
+
+        Args:
+            index: of the scene.
+            scene: as `load` gave it.
+
+        Raises:
+            SceneError: for a damaged frames.npz. Images are opened when they are taken.
+        """
+        if self._entries:
+            return PairedImages(self._entries[index], len(scene.coord))
+        folder = self.folders[index]
+        if not (folder / "frames.npz").exists():
+            return None
+        return FrameImages(self.root, read_frames(folder, len(scene.coord)), scene.coord)
 
 
 def load_scene(
