@@ -10,10 +10,12 @@ line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from launch import command
@@ -21,14 +23,17 @@ from point_jax.data.pipeline import held_out, make_batches
 from point_jax.data.scenes import Scene
 from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
+from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.interop.initial import initial_weights
-from point_jax.objectives.settings import make_sonata
+from point_jax.objectives.concerto import Concerto
+from point_jax.objectives.settings import make_concerto, make_sonata
 from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, programs, schedules
 from point_jax.training.step import make_train_step
 from point_jax.visual.pictures import FeatureScene, curves, feature_picture
 
+OF_IMAGES = ("patch_proj", "image")  # what Concerto has and Sonata has not
 CURVES = [
     "loss",
     ["mask_loss", "roll_loss", "unmask_loss"],
@@ -45,10 +50,13 @@ def main(argv: Sequence[str]) -> int:
     command.keep_compiled()
     mesh.start_processes()
     try:
-        objective = make_sonata(config)
+        objective, points, frozen = make_objective(config)
     except (ValueError, TypeError) as error:
+        if isinstance(error, command.FOR_THE_USER):
+            raise
         raise config_lib.ConfigError(str(error)) from error
 
+    drawn = [*CURVES, "image_loss"] if "images" in config else CURVES
     return loop.train(
         config,
         Path(workdir),
@@ -56,17 +64,47 @@ def main(argv: Sequence[str]) -> int:
         make_step=make_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
-        load_initial=initial_weights,
-        prepare_pictures=lambda: Pictures(objective.spec, held_out(config.data)),
-        prepare_measure=lambda: Probe(objective.spec, config.probe),
+        load_initial=partial(initial_weights, optional=OF_IMAGES),
+        load_frozen=None if frozen is None else partial(place_frozen, frozen),
+        prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
+        prepare_measure=lambda: Probe(points, config.probe),
     )
 
 
-def make_step(objective: Sonata, config: config_lib.Config, devices: Mesh) -> Any:
+def make_objective(config: config_lib.Config) -> tuple[Sonata | Concerto, SonataSpec, Any]:
+    """What a config says is to be learned: with a section `images` Concerto, without it Sonata.
+
+    Returns:
+        The objective, the spec of its point losses, and an image encoder's weights or None.
+
+    Raises:
+        ValueError: a value that does not fit.
+        CheckpointError: no image encoder where `config.images.encoder` says.
+    """
+    if "images" not in config:
+        sonata = make_sonata(config)
+        return sonata, sonata.spec, None
+    encoder = params = None
+    images = config.images
+    if images.encoder:
+        dtype, layers = jnp.dtype(images.dtype), tuple(images.layers) or None
+        encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
+    concerto = make_concerto(config, encoder)
+    return concerto, concerto.points.spec, params
+
+
+def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:
+    """An image encoder's weights as a part of the teacher, placed as the template says."""
+    image = template["teacher"]["image"]
+    placed = jax.tree.map(lambda leaf, x: jax.device_put(x, leaf.sharding), image, params)
+    return {"teacher": {"image": placed}}
+
+
+def make_step(objective: Sonata | Concerto, config: config_lib.Config, devices: Mesh) -> Any:
     """The training step; on CPUs its program is kept for the next start."""
     step = make_train_step(objective, config, devices)
     optim = config.optim.copy_and_resolve_references().to_dict()
-    return programs.keep(step, objective.spec, optim)
+    return programs.keep(step, objective, optim)
 
 
 class Probe:
@@ -94,12 +132,14 @@ class Probe:
 class Pictures:
     """Draws the curves of a run, and PCA of the teacher's features on held-out scenes."""
 
-    def __init__(self, spec: SonataSpec, scenes: Sequence[Scene]) -> None:
-        self._spec, self._scenes = spec, scenes
+    def __init__(
+        self, spec: SonataSpec, scenes: Sequence[Scene], drawn: Sequence[str | Sequence[str]]
+    ) -> None:
+        self._spec, self._scenes, self._drawn = spec, scenes, drawn
 
     def __call__(self, untrained: Any, trained: Any, folder: Path) -> None:
         """Writes curves.png and, if there are scenes, pca.png."""
-        curves(folder.parent / metrics.FILE, CURVES, folder / "curves.png")
+        curves(folder.parent / metrics.FILE, self._drawn, folder / "curves.png")
         if not self._scenes:
             return
         spec = self._spec

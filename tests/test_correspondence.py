@@ -1,5 +1,7 @@
 """Places in images against their definitions, in plain numpy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def places_of(seed, points=POINTS):
 def test_a_cluster_lies_where_its_seen_points_lie_on_average():
     places, first = places_of(0), np.array([0, 3, 3, 10, 11, 11])  # the last slots are padding
     found = np.asarray(pool_places(jnp.asarray(places), jnp.asarray(first)))
-    for cluster, (start, end) in enumerate(zip(first[:-1], first[1:], strict=True)):
+    for cluster, (start, end) in enumerate(itertools.pairwise(first)):
         for image in range(IMAGES):
             seen = [p for p in places[start:end, image] if p[0] >= 0]
             want = np.mean(seen, axis=0) if seen else [-1, -1]

@@ -131,6 +131,9 @@ class Concerto:
         stages = spec.points.network.encoder[self._level :]
         self._inputs = sum(stage.channels for stage in stages)
 
+    def __repr__(self) -> str:
+        return f"Concerto({self.spec!r}, {self.images!r})"
+
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Sonata's student and a projection `patch_proj`; Sonata's teacher and `image`."""
         points_key, kernel_key, bias_key, image_key = jax.random.split(key, 4)

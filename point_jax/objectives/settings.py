@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -11,8 +12,13 @@ from ml_collections import ConfigDict
 from point_jax import limits
 from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
+from point_jax.data.image_augment import ImageSpec
 from point_jax.data.views import ViewSpec
+from point_jax.models.image_encoder import NetworkEncoder
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
+from point_jax.models.vgg import VGGSpec
+from point_jax.objectives.concerto import Concerto, ConcertoSpec
+from point_jax.objectives.images import EncodedImages
 from point_jax.objectives.labelled import CropSpec
 from point_jax.objectives.segmentation import (
     Divide,
@@ -28,6 +34,8 @@ from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Looks at images where no image encoder is given.
+UNTRAINED = VGGSpec(("conv5_3",), (8, 16, 32, 48, 64))
 _LISTS = ("depths", "channels", "heads")  # with an entry for each level
 
 SECTION_LIMITS = {
@@ -67,6 +75,20 @@ def default_objective() -> ConfigDict:
     fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
     left_out = ("network", "views", "shared_head")  # the last one is Concerto's
     return ConfigDict({k: v for k, v in fields.items() if k not in left_out}).lock()
+
+
+def default_images() -> ConfigDict:
+    """The section `images` of a joint objective; see `ImageSpec` and `ConcertoSpec`."""
+    images = ConfigDict()
+    images.encoder = ""  # folder that launch.convert wrote; "": an untrained network, to try out
+    images.layers = ()  # of VGG16: which layers' features; (): conv4_3
+    images.dtype = "float32"  # of the encoder's arithmetic; or bfloat16
+    images.up_cast = 3  # levels that points' features are carried up before they meet patches
+    images.weight = 0.5  # of the image loss
+    images.height, images.width = 37, 37  # patches
+    augment = _section(ImageSpec(1, 1), leave_out=("height", "width", "stride"))
+    images.augment = augment
+    return images.lock()
 
 
 def default_decoder() -> ConfigDict:
@@ -137,6 +159,34 @@ def make_sonata(config: Any) -> Sonata:
     Raises:
       ValueError: a value that does not fit, and which.
     """
+    return Sonata(sonata_spec(config))
+
+
+def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
+    """The Concerto objective of a config: Sonata's sections and `images`.
+
+    Args:
+      config: the whole config.
+      encoder: the image encoder; None for the untrained one.
+
+    Raises:
+      ValueError: a value that does not fit, and which.
+    """
+    images = _tuples(config.images.to_dict())
+    encoder = encoder or NetworkEncoder(UNTRAINED)
+    with _errors_say("config.images.augment.color."):
+        images["augment"]["color"] = ColorSpec(**images["augment"]["color"])
+    with _errors_say("config.images."):
+        size = images["height"], images["width"]
+        spec = ImageSpec(*size, encoder.stride, **_tuples(images["augment"]))
+        points = replace(sonata_spec(config), shared_head=True)
+        return Concerto(
+            ConcertoSpec(points, images["up_cast"], images["weight"]), EncodedImages(encoder, spec)
+        )
+
+
+def sonata_spec(config: Any) -> SonataSpec:
+    """What `make_sonata` makes the objective of; the same errors."""
     network = network_spec(config.network)
     views = _tuples(config.views.to_dict())
     with _errors_say("config.views.color."):
@@ -146,8 +196,7 @@ def make_sonata(config: Any) -> Sonata:
     with _errors_say("config.views."):
         views = ViewSpec(**views)
     with _errors_say("config.objective."):
-        spec = SonataSpec(network=network, views=views, **_tuples(config.objective.to_dict()))
-    return Sonata(spec)
+        return SonataSpec(network=network, views=views, **_tuples(config.objective.to_dict()))
 
 
 # What trains beside the linear layer.

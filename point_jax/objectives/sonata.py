@@ -149,6 +149,9 @@ class Sonata:
         # Whose embeddings are compared with those of each of the student's sides.
         self.teacher_heads = (HEADS[0], HEADS[0]) if spec.shared_head else HEADS
 
+    def __repr__(self) -> str:
+        return f"Sonata({self.spec!r})"
+
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Parameters of the student, backbone, mask_head and unmask_head, and the same again."""
         keys = jax.random.split(key, 5)
