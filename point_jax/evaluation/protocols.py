@@ -22,6 +22,7 @@ from point_jax.evaluation.predict import LinearPredictor, Predictor
 from point_jax.evaluation.ridge import fit_ridge
 from point_jax.features.encoder import Encoder
 from point_jax.features.voxels import Voxels
+from point_jax.models import statistics
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.segmentation import Segmentation
 from point_jax.objectives.settings import PROTOCOLS, make_segmentation
@@ -135,7 +136,7 @@ def _initial(
     given: dict[str, Any] = {}
     for part, tree in template.items():
         wanted = tree.get("backbone", {})
-        there = {name: params[name] for name in wanted if params and name in params}
+        there = statistics.among(dict(params or {}), wanted)
         own = {name: wanted[name] for name in there}
         checkpoint.compare_trees(source, there, own)
         placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), there, own)
