@@ -5,7 +5,8 @@
 
 Input, found from its content: a release's .pth (encoder or linear head), a folder with
 model.safetensors and config.json, a Pointcept checkpoint (pretraining or segmentor), a converted
-checkpoint, or a run's folder.
+checkpoint, or a run's folder. Image encoders, in only: transformers' folder of DINOv2 with
+registers, SigLIP or SigLIP 2, and HED's .h5 of VGG16.
 
   --input=PATH    what to read
   --output=PATH   what to write; must not exist
@@ -29,7 +30,15 @@ import numpy as np
 from launch import command
 from point_jax.interop.atomic import must_be_free
 from point_jax.interop.convert import TREES, encoder_of, to_pointcept, to_release, to_weights
-from point_jax.interop.files import CONFIG, TENSORS, read_file, write_pth, write_safetensors
+from point_jax.interop.files import (
+    CONFIG,
+    TENSORS,
+    has_tensors,
+    read_file,
+    write_pth,
+    write_safetensors,
+)
+from point_jax.interop.image_encoders import is_image_encoder, to_image_encoder
 from point_jax.interop.store import MANIFEST, Weights, count, leaves, load_weights, save_weights
 from point_jax.interop.workdir import is_workdir, read_workdir
 from point_jax.training.checkpoint import FOLDER, CheckpointError
@@ -67,12 +76,17 @@ def read(path: Path, network: str | None, tree: str | None) -> tuple[Weights, li
         if tree is not None and weights.kind != "pretraining":
             raise ConfigError(f"--tree is for a pretraining, and {path} is one {weights.kind}")
         return (weights if tree is None else encoder_of(weights, tree)), remarks
-    if path.is_dir() and not (path / TENSORS).is_file():
+    if path.is_dir() and not has_tensors(path):
         raise CheckpointError(
             f"{path} is no folder of weights: expected {MANIFEST} (a converted checkpoint), "
             f"{CONFIG} and {FOLDER} (a run), or {TENSORS} and {CONFIG}"
         )
     foreign = read_file(path)
+    if is_image_encoder(foreign):
+        if network is not None or tree is not None:
+            raise ConfigError(f"{path} holds an image encoder: no --network or --tree with it")
+        weights, left_out = to_image_encoder(foreign)
+        return weights, [f"left out: {what}" for what in left_out]
     return to_weights(foreign, network, tree), [f"left out: {what}" for what in foreign.left_out]
 
 
@@ -83,6 +97,8 @@ def target(source: Path, output: Path, kind: str) -> str:
       ConfigError: they do not.
     """
     if output.suffix in (".pth", ".pt", ".ckpt"):
+        if kind == "image_encoder":
+            raise ConfigError(f"{source} is one {kind}, which becomes a checkpoint: a folder")
         if kind in ("encoder", "linear_head"):
             return "pth"
         raise ConfigError(

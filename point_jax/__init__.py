@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from point_jax.features.encoder import Encoder
     from point_jax.features.load import load, load_head
     from point_jax.features.maps import PointFeatures
+    from point_jax.interop.image_encoders import load_image_encoder
 
-__all__ = ["Encoder", "PointFeatures", "load", "load_head"]
+__all__ = ["Encoder", "PointFeatures", "load", "load_head", "load_image_encoder"]
 
-_HOME = {"Encoder": "encoder", "PointFeatures": "maps", "load": "load", "load_head": "load"}
+_HOME = {
+    "Encoder": "features.encoder",
+    "PointFeatures": "features.maps",
+    "load": "features.load",
+    "load_head": "features.load",
+    "load_image_encoder": "interop.image_encoders",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The parts for users, imported when asked for: importing a submodule stays cheap."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"point_jax.features.{_HOME[name]}"), name)
+    return getattr(import_module(f"point_jax.{_HOME[name]}"), name)

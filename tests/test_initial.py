@@ -65,7 +65,7 @@ def test_weights_of_another_network_are_named(tmp_path):
     assert "teacher.backbone.embedding.linear.kernel is float32 (6, 6)" in str(error.value)
     head = {"seg_head": {"kernel": np.zeros((6, 4), np.float32), "bias": np.zeros(4, np.float32)}}
     save_weights(tmp_path / "head", Weights("linear_head", "", {}, head))
-    with pytest.raises(CheckpointError, match="a linear_head; a run starts from an encoder"):
+    with pytest.raises(CheckpointError, match="one linear_head; a run starts from an encoder"):
         initial_weights(tmp_path / "head", template())
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         initial_weights(tmp_path / "nowhere", template())

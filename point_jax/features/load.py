@@ -50,7 +50,7 @@ def load(
     weights = _read(path)
     params = weights.params[tree] if weights.kind == "pretraining" else weights.params
     if "backbone" not in params:
-        raise CheckpointError(f"{path}: holds a {weights.kind}, not an encoder")
+        raise CheckpointError(f"{path}: holds one {weights.kind}, not an encoder of points")
     spec = spec_of(weights.config, weights.variant, dtype)
     if inputs is None and spec.inputs == 3 * len(INPUTS):
         inputs = INPUTS

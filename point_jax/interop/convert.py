@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from point_jax.interop.files import Foreign, State, dtype_of, sha256_of
+from point_jax.interop.files import Foreign, State, dtype_of, refuse_misfits, sha256_of
 from point_jax.interop.networks import settle_network
 from point_jax.interop.pointcept import from_state_dict, to_state_dict
 from point_jax.interop.release import constants, spec_of
@@ -161,7 +161,9 @@ def to_release(weights: Weights) -> dict[str, Any]:
       CheckpointError: of other kinds; take `encoder_of` them.
     """
     if weights.kind not in ("encoder", "linear_head"):
-        raise CheckpointError(f"a release holds an encoder or a linear head, not a {weights.kind}")
+        raise CheckpointError(
+            f"a release holds an encoder or a linear head, not one {weights.kind}"
+        )
     return {"config": weights.config, "state_dict": to_state(weights)}
 
 
@@ -288,15 +290,7 @@ def _wanted(part: _Part) -> dict[str, tuple[int, ...]]:
 def _read(parts: list[_Part], state: State, file: Path) -> dict[str, Any]:
     """Parameters of all parts, once every key is there with its shape and none is left over."""
     wanted = {key: shape for part in parts for key, shape in _wanted(part).items()}
-    faults = [f"missing {key} {wanted[key]}" for key in wanted if key not in state]
-    faults += [f"extra {key} {array.shape}" for key, array in state.items() if key not in wanted]
-    faults += [
-        f"{key} has shape {state[key].shape}, expected {shape}"
-        for key, shape in wanted.items()
-        if key in state and state[key].shape != shape
-    ]
-    if faults:
-        raise CheckpointError(f"{file} does not fit: {'; '.join(faults)}")
+    refuse_misfits(file, state, wanted)
     params: dict[str, Any] = {}
     for part in parts:
         node = params

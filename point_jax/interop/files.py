@@ -1,4 +1,4 @@
-"""Foreign weight files: PyTorch's .pth, and Hugging Face folders of safetensors and JSON.
+"""Foreign weight files: PyTorch's .pth, Hugging Face folders of safetensors and JSON, Keras' .h5.
 
 A .pth is a pickle, and a pickle is a program. PyTorch reads it here in its weights-only mode, which
 builds arrays, containers and numbers and runs nothing else; from 2.10 on, because before that files
@@ -25,6 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from point_jax.interop import hdf5, shards
 from point_jax.interop.atomic import new_file, new_folder
 from point_jax.training.checkpoint import CheckpointError
 
@@ -53,8 +54,9 @@ class Foreign:
     Attributes:
       config: arguments of the network's constructor as JSON values; None if the file has none.
       state: arrays by the file's keys, of the file's dtypes, bit for bit.
-      format: "pth" or "safetensors".
-      file: the file of the arrays.
+      format: "pth", "safetensors" or "hdf5".
+      file: the file of the arrays; of several, their index.
+      shards: the several files.
       numbers: plain numbers beside the state dict, such as Pointcept's `epoch`.
       left_out: what else the file has, in words, such as an optimizer's state.
     """
@@ -65,20 +67,23 @@ class Foreign:
     file: Path
     numbers: dict[str, float] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    shards: tuple[Path, ...] = ()
 
 
 def read_file(path: Path) -> Foreign:
-    """Reads a .pth, a .safetensors with its `config.json` beside it, or the folder of these two.
+    """Reads a .pth, an .h5, or a .safetensors with its `config.json` beside it or their folder.
 
-    The content decides, not the name.
+    The content decides, not the name. A folder may hold its arrays in several files with an index.
 
     Raises:
-      CheckpointError: it is none of these, is damaged, or holds more than data; or PyTorch is
-        missing.
+      CheckpointError: it is none of these, is damaged, or holds more than data; or PyTorch or h5py
+        is missing.
     """
     if path.is_dir():
-        if not (path / TENSORS).is_file():
+        if not has_tensors(path):
             raise CheckpointError(f"{path} holds no weights: no {TENSORS} in it")
+        if not (path / TENSORS).is_file():
+            return _read_safetensors(path / shards.INDEX)
         path = path / TENSORS
     try:
         with path.open("rb") as file:
@@ -89,14 +94,27 @@ def read_file(path: Path) -> Foreign:
         return _read_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_pth(path)
+    if head.startswith(hdf5.MAGIC):
+        return Foreign(None, _not_empty(hdf5.read_hdf5(path), path), "hdf5", path)
     what = f"starts with {head!r}" if head else "empty"
-    raise CheckpointError(f"{path} is not a checkpoint ({what}); expected .pth or .safetensors")
+    raise CheckpointError(
+        f"{path} is not a checkpoint ({what}); expected .pth, .safetensors or .h5"
+    )
 
 
-def sha256_of(file: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def has_tensors(folder: Path) -> bool:
+    """Whether a folder holds safetensors, in one file or several."""
+    return (folder / TENSORS).is_file() or (folder / shards.INDEX).is_file()
+
+
+def sha256_of(*files: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes; of several, end to end, as `cat` gives them."""
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while part := stream.read(1 << 22):
+                total.update(part)
+    return total.hexdigest()
 
 
 def json_values(value: Any, what: str) -> Any:
@@ -111,6 +129,23 @@ def json_values(value: Any, what: str) -> Any:
         raise CheckpointError(f"{what} has no JSON form: {error}") from error
 
 
+def refuse_misfits(file: Path, state: State, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares keys and shapes of a file with those of a network.
+
+    Raises:
+      CheckpointError: names all arrays that are missing, extra or misshapen.
+    """
+    faults = [f"missing {key} {wanted[key]}" for key in wanted if key not in state]
+    faults += [f"extra {key} {array.shape}" for key, array in state.items() if key not in wanted]
+    faults += [
+        f"{key} has shape {state[key].shape}, expected {shape}"
+        for key, shape in wanted.items()
+        if key in state and state[key].shape != shape
+    ]
+    if faults:
+        raise CheckpointError(f"{file} does not fit: {'; '.join(faults)}")
+
+
 def dtype_of(name: str) -> np.dtype:
     """The dtype of NumPy's or ml_dtypes' name, such as "float32" or "bfloat16"."""
     return np.dtype(getattr(ml_dtypes, name, name))
@@ -120,6 +155,17 @@ def dtype_of(name: str) -> np.dtype:
 
 
 def _read_safetensors(path: Path) -> Foreign:
+    """One file, or the several that an index names; with the config beside it."""
+    config = read_json(path.with_name(CONFIG)) if path.with_name(CONFIG).exists() else None
+    if path.name != shards.INDEX:
+        return Foreign(config, _not_empty(_arrays(path), path), "safetensors", path)
+    files = shards.shard_files(path, read_json(path))
+    state = _not_empty(shards.read_shards(path, files, _arrays), path)
+    return Foreign(config, state, "safetensors", path, shards=tuple(files))
+
+
+def _arrays(path: Path) -> State:
+    """The arrays of one .safetensors."""
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except Exception as error:  # SafetensorError, and whatever a damaged header makes of it
@@ -132,10 +178,7 @@ def _read_safetensors(path: Path) -> Foreign:
             state[key] = np.frombuffer(entry["data"], dtype_of(name)).reshape(entry["shape"])
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {key} has dtype {entry['dtype']}: {error}") from error
-    config, file = None, path.with_name(CONFIG)
-    if file.exists():
-        config = read_json(file)
-    return Foreign(config, _not_empty(state, path), "safetensors", path)
+    return state
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -38,6 +38,6 @@ def initial_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tre
         given = dict.fromkeys(template, encoder)
         wanted = {part: {"backbone": tree["backbone"]} for part, tree in template.items()}
     else:
-        raise CheckpointError(f"{source} holds a {weights.kind}; a run starts from an encoder")
+        raise CheckpointError(f"{source} holds one {weights.kind}; a run starts from an encoder")
     checkpoint.compare_trees(source, given, wanted)
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), given, wanted)

@@ -28,7 +28,7 @@ from point_jax.training.checkpoint import CheckpointError
 MANIFEST, ARRAYS = "manifest.json", "arrays"
 FORMAT, VERSION = "point_jax weights", 1
 SEGMENTOR = "segmentor"  # folder of weights in that of an evaluation that trained one
-KINDS = ("encoder", "pretraining", "segmentor", "linear_head")
+KINDS = ("encoder", "pretraining", SEGMENTOR, "linear_head", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Weights:
     """Weights in this project's names.
 
     Attributes:
-      kind: "encoder", "pretraining", "segmentor" or "linear_head".
-      variant: "PT-v3m1", "PT-v3m2" or "PT-v3m3"; "" for a linear head.
+      kind: one of `KINDS`.
+      variant: "PT-v3m1", "PT-v3m2" or "PT-v3m3"; "" for a linear head; of an image encoder one of
+        `image_encoders.VARIANTS`.
       config: constructor arguments of the release's network, as its checkpoint has them (JSON
         values).
       params: nested dicts of arrays: {"backbone": ...}, with a segmentor's or linear head's
         "seg_head": {"kernel": (inputs, classes), "bias": (classes,)}; of a pretraining
-        {"student": {"backbone", "mask_head", "unmask_head"}, "teacher": {...}}.
+        {"student": {"backbone", "mask_head", "unmask_head"}, "teacher": {...}}; of an image encoder
+        {"image_encoder": ...}.
       extra: arrays of the source without a place in `params`, under their own names, for the way
         back: Concerto's image branch, counters of batch norms.
       source: where they come from: `file`, `format`, `sha256`, and what the way back needs:

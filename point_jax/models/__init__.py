@@ -1,1 +1,1 @@
-"""Networks: PTv3 encoder and decoder, and the heads of self-distillation."""
+"""Networks: PTv3 encoder and decoder, heads of self-distillation, image encoders."""

@@ -14,7 +14,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from point_jax.geometry.hierarchy import Level
-from point_jax.models.layers import Mlp, SubmanifoldConv, in_turn, layer_norm, linear, stack
+from point_jax.models.layers import (
+    Mlp,
+    SubmanifoldConv,
+    in_turn,
+    layer_norm,
+    layer_scale,
+    linear,
+    stack,
+)
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.ops.attention import SAVED, patch_attention
 from point_jax.ops.gather import from_slots, take_rows, to_slots
@@ -41,8 +49,8 @@ class Block(nnx.Module):
         self.proj = linear(channels, channels, dtype, rngs)
         self.norm2 = layer_norm(channels, rngs)
         self.mlp = Mlp(channels, int(channels * spec.mlp_ratio), channels, dtype, rngs=rngs)
-        self.scale1 = _layer_scale(channels, spec.layer_scale)
-        self.scale2 = _layer_scale(channels, spec.layer_scale)
+        self.scale1 = layer_scale(channels, spec.layer_scale)
+        self.scale2 = layer_scale(channels, spec.layer_scale)
         entries = 2 * bias_bound(stage.patch_size) + 1
         self.bias_table = (
             nnx.Param(jnp.zeros((3, entries, stage.heads))) if spec.relative_bias else None
@@ -124,10 +132,6 @@ class Block(nnx.Module):
 def bias_bound(patch_size: int) -> int:
     """Farthest voxel that the relative position bias tells apart, as the originals set it."""
     return int((4 * patch_size) ** (1 / 3) * 2)
-
-
-def _layer_scale(channels: int, start: float | None) -> nnx.Param | None:
-    return None if start is None else nnx.Param(jnp.full(channels, start))
 
 
 def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array:

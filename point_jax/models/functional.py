@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, Any]
-RANDOM = ("kernel", "bias_table")  # names of the parameters that start from random values
+# Names of the parameters that start from random values.
+RANDOM = ("kernel", "bias_table", "class_token", "position")
 
 
 def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Callable, Callable]:

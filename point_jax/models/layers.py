@@ -19,11 +19,16 @@ def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.L
     return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=_zeros, rngs=rngs)
 
 
-def layer_norm(channels: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with epsilon 1e-5, in float32."""
+def layer_norm(channels: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:
+    """LayerNorm in float32."""
     return nnx.LayerNorm(
-        channels, epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
+        channels, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs
     )
+
+
+def layer_scale(channels: int, start: float | None) -> nnx.Param | None:
+    """What a residual branch is multiplied with, per channel; None for no scale."""
+    return None if start is None else nnx.Param(jnp.full(channels, start))
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -107,15 +112,25 @@ class StemConv(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU (or what is given), linear."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, dtype: jnp.dtype, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        hidden: int,
+        outputs: int,
+        dtype: jnp.dtype,
+        activation: Callable[[jax.Array], jax.Array] = gelu,
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.fc1 = linear(inputs, hidden, dtype, rngs)
         self.fc2 = linear(hidden, outputs, dtype, rngs)
+        self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, inputs) -> (N, outputs)."""
-        return self.fc2(gelu(self.fc1(x)))
+        """(..., inputs) -> (..., outputs)."""
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def in_turn(modules: Sequence[nnx.Module], x: jax.Array, count: jax.Array) -> jax.Array:
