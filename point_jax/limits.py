@@ -65,6 +65,14 @@ def text(empty: bool = True) -> Limit:
     )
 
 
+def one_of(*values: str) -> Limit:
+    """One of some words."""
+    return Limit(
+        lambda value: isinstance(value, str) and value in values,
+        " or ".join(map(repr, values)),
+    )
+
+
 def either(*limits: Limit) -> Limit:
     """Any of several."""
     return Limit(

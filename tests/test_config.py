@@ -204,6 +204,17 @@ def test_resuming_may_change_what_is_written_and_whether_it_goes_on(tmp_path, fi
     assert compare_config(config, tmp_path) == []
 
 
+def test_a_run_of_a_program_that_did_not_know_a_key_goes_on(tmp_path, file):
+    config, _ = parse(file)
+    settle_config(config, tmp_path)
+    with config.unlocked():
+        config.network = ConfigDict({"stem": "linear", "norm": "layer", "pooling": "grid"})
+    assert compare_config(config, tmp_path) == []
+    config.network.norm = "batch"
+    with pytest.raises(ConfigError, match=r"\(network.norm: layer -> batch\)"):
+        compare_config(config, tmp_path)
+
+
 def test_resuming_with_other_packages_is_remarked(tmp_path, file):
     config, _ = parse(file)
     settle_config(config, tmp_path)

@@ -195,7 +195,11 @@ def test_other_numbers_than_float32(tmp_path):
         ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected a whole number"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: expected"),
         ({"patch_size": [4, 4]}, r"patch_size=\[4, 4\]: expected a whole number"),
-        ({"image_size": 18}, "image_size=18 is not a multiple of patch_size=4"),
+        ({"image_size": 3}, "side is 0, expected a whole number"),
+        (
+            {"image_size": 20},
+            r"position_embeddings has shape \(1, 17, .*, expected \(1, 26,",
+        ),
         ({"num_attention_heads": 5}, "channels=24 is not a multiple of heads=5"),
         ({"mlp_ratio": float("inf")}, "mlp_ratio=inf: expected a number"),
         ({"mlp_ratio": 0.01}, "hidden is 0, expected"),

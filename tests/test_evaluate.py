@@ -186,7 +186,7 @@ def test_scenes_that_would_prove_nothing_are_refused(tmp_path, folders, capsys):
     assert "2 different lists of classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "v3m1"])
 def test_sizes_fit_the_devices_that_they_are_meant_for(size):
     config = segmentation.get_config(f"data=rooms,encoder={size}")
     assert (

@@ -17,6 +17,7 @@ from point_jax import limits
         (limits.each(limits.number(), "low", "high"), ((1, 0),), ((1,), (1, 2, 3))),
         (limits.each(limits.number(), "low", "high", rising=True), ((0, 0), (0, 1)), ((1, 0),)),
         (limits.text(empty=False), ("a",), ("", 5)),
+        (limits.one_of("a", "b"), ("a", "b"), ("ab", "", None, 1)),
         (limits.either(limits.NOTHING, limits.whole(1)), (None, 1), (0, "")),
         (limits.MAPPING, ({},), ((), 5)),
     ],

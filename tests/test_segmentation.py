@@ -62,6 +62,7 @@ class Run:
     """A compiled step of an objective on a mesh, from one start."""
 
     def __init__(self, objective, devices=1):
+        self.objective = objective
         self.mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         everywhere = replicated(self.mesh)
         self.key = jax.device_put(jax.random.key(0), everywhere)
@@ -273,7 +274,7 @@ def test_encoder_and_training_see_the_same_features():
     student, teacher = objective.init(jax.random.key(0))
     shape = objective.trunk.shape(objective.rows.capacities, 2)
     row, _ = objective.rows.make(labelled_batch(scenes=2), jax.random.key(1), shape)
-    logits = jax.jit(objective.logits)(student, teacher, row, jax.random.key(2))
+    logits, _ = jax.jit(objective.logits)(student, teacher, row, jax.random.key(2))
     counts = np.asarray(row.hierarchy[0].starts)
     encoder = Encoder(network, teacher["backbone"], grid_size=0.1)
     for first, last in itertools.pairwise(counts):

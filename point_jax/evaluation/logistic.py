@@ -20,7 +20,7 @@ from point_jax.evaluation.predict import LinearPredictor
 from point_jax.evaluation.ridge import BALANCE, held_out
 from point_jax.evaluation.standard import Standard
 
-BANK = 160_000
+BANK = 60_000
 PENALTIES = (1e-2, 1e-3, 1e-4, 1e-5)  # the strongest first, which wins a tie
 # Of L-BFGS, for each penalty, from the solution of the one before.
 STEPS = 150
@@ -79,17 +79,18 @@ def fit_logistic(
     features = standard(features)
     weight = np.maximum(np.bincount(labels, minlength=classes), 1.0) ** -balance
 
-    def fit(rows: np.ndarray, penalties: Sequence[float]) -> list[np.ndarray]:
-        return _path(features[rows], labels[rows], weight[labels[rows]], classes, penalties)
+    def fit(rows: np.ndarray, penalties: Sequence[float], start: np.ndarray) -> list[np.ndarray]:
+        return _path(features[rows], labels[rows], weight[labels[rows]], penalties, start)
 
-    paths = fit(~out, PENALTIES)
+    nothing = np.zeros((features.shape[1] + 1, classes))
+    paths = fit(~out, PENALTIES, nothing)
     names = [str(i) for i in range(classes)]
     miou = []
     for layer in paths:
         found = _logits(layer, features[out]).argmax(1).astype(np.int32)
         miou.append(scores(confusion(found, labels[out], classes), names).mIoU)
     best = int(np.argmax(miou))
-    layer = fit(np.ones(len(labels), bool), PENALTIES[: best + 1])[-1]
+    (layer,) = fit(np.ones(len(labels), bool), PENALTIES[best : best + 1], paths[best])
     kernel = layer[:-1] * standard.inverse[:, None]
     bias = layer[-1] - standard.mean @ kernel
     return Logistic(
@@ -101,13 +102,12 @@ def _path(
     features: np.ndarray,
     labels: np.ndarray,
     weight: np.ndarray,
-    classes: int,
     penalties: Sequence[float],
+    layer: np.ndarray,
 ) -> list[np.ndarray]:
-    """The optimum (C + 1, K) float64 for each penalty, the bias last."""
+    """The optimum (C + 1, K) float64 for each penalty, the bias last; begins with `layer`."""
     arrays = jnp.asarray(features), jnp.asarray(labels), jnp.asarray(weight / weight.sum())
-    shape = features.shape[1] + 1, classes
-    layer, found = np.zeros(shape), []
+    shape, found = layer.shape, []
     for penalty in penalties:
 
         def loss(flat: np.ndarray, penalty: float = penalty) -> tuple[float, np.ndarray]:

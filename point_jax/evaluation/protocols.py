@@ -26,6 +26,7 @@ from point_jax.features.encoder import Encoder
 from point_jax.features.voxels import Voxels
 from point_jax.interop.release import config_of
 from point_jax.interop.store import SEGMENTOR, Weights, digest, save_weights
+from point_jax.models import statistics
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.segmentation import Segmentation
 from point_jax.objectives.settings import PROTOCOLS, make_segmentation
@@ -119,6 +120,8 @@ def trained(
       ConfigError: a value that does not fit.
     """
     objective = make_segmentation(config, protocol, len(classes), candidate.network)
+    if candidate.network is not None:
+        config_of(_network(objective))  # what cannot be kept afterwards is refused now
     code = train(
         config,
         workdir,
@@ -144,7 +147,7 @@ def _initial(
     given: dict[str, Any] = {}
     for part, tree in template.items():
         wanted = tree.get("backbone", {})
-        there = {name: params[name] for name in wanted if params and name in params}
+        there = statistics.among(dict(params or {}), wanted)
         own = {name: wanted[name] for name in there}
         checkpoint.compare_trees(source, there, own)
         placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), there, own)

@@ -37,10 +37,11 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class BatchNorm(nnx.Module):
-    """Normalisation by the running statistics of a trained network, epsilon 1e-3 (PT-v3m1).
+    """Batch normalisation, epsilon 1e-3 (PT-v3m1).
 
-    Statistics of the batch would make a cloud's features depend on what else is in it. They belong
-    to supervised training, which owns them; here mean and variance are constants.
+    By the running statistics of a trained network, so that a cloud's features do not depend on what
+    else is in its row; or by those of the row, in supervised training. The running ones are
+    constants here: who trains the network moves them (`models.statistics`).
     """
 
     def __init__(self, channels: int):
@@ -50,10 +51,32 @@ class BatchNorm(nnx.Module):
         self.var = nnx.Param(jnp.ones(channels))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, C) -> (N, C) float32."""
+        """(N, C) -> (N, C) float32, by the running statistics."""
         mean, var = jax.lax.stop_gradient((self.mean[...], self.var[...]))
         factor = self.scale[...] * jax.lax.rsqrt(var + 1e-3)
         return (x.astype(jnp.float32) - mean[None]) * factor[None] + self.bias[...][None]
+
+    def over_row(self, x: jax.Array, count: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The same by mean and biased variance of the row's points; gradients flow through both.
+
+        Args:
+          x: (N, C); what is in padding does not matter.
+          count: () int32, points in use, the first ones.
+
+        Returns:
+          (N, C) float32, zeros in padding; and what running statistics move towards, without
+          gradient: `mean` and unbiased `var`, (C,) each. The variance of a single point is 0.
+        """
+        used = (jnp.arange(len(x)) < count)[:, None]
+        number = jnp.maximum(count, 1).astype(jnp.float32)
+        x = jnp.where(used, x.astype(jnp.float32), 0.0)
+        mean = x.sum(0) / number
+        centred = jnp.where(used, x - mean[None], 0.0)
+        var = (centred * centred).sum(0) / number
+        factor = self.scale[...] * jax.lax.rsqrt(var + 1e-3)
+        y = jnp.where(used, centred * factor[None] + self.bias[...][None], 0.0)
+        moments = {"mean": mean, "var": var * number / jnp.maximum(number - 1.0, 1.0)}
+        return y, jax.lax.stop_gradient(moments)
 
 
 class SubmanifoldConv(nnx.Module):

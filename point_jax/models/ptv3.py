@@ -6,7 +6,7 @@ stem, batch norms and serialized pooling; "PT-v3m3", Utonia's, has rotary positi
 The network sees features and a hierarchy; coordinates only for rotary positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,10 @@ from flax import nnx
 
 from point_jax.geometry.hierarchy import Hierarchy, Level
 from point_jax.models.block import Stage
+from point_jax.models.functional import Params
 from point_jax.models.layers import BatchNorm, StemConv, gelu, layer_norm, linear
 from point_jax.models.spec import STEM_RADIUS, PTv3Spec, StageSpec
+from point_jax.models.statistics import without_empty
 from point_jax.ops.gather import to_children
 from point_jax.ops.pool import cluster_max, cluster_mean
 
@@ -28,15 +30,27 @@ class Features(NamedTuple):
     Attributes:
       levels: encoder features of every level, (N, C) each, finest first.
       decoded: decoder features of level 0 up to the last but one; empty without a decoder.
+      moments: mean and unbiased variance of the row for every norm that used the row's, in the
+        places that the running ones have among the parameters; empty if none did.
     """
 
     levels: tuple[jax.Array, ...]
     decoded: tuple[jax.Array, ...]
+    moments: Params
 
 
 def _norm(channels: int, spec: PTv3Spec, rngs: nnx.Rngs) -> nnx.LayerNorm | BatchNorm:
     """The norm of the stem and between levels."""
     return BatchNorm(channels) if spec.norm == "batch" else layer_norm(channels, rngs)
+
+
+def _normalize(
+    norm: nnx.LayerNorm | BatchNorm, x: jax.Array, level: Level, over_row: bool
+) -> tuple[jax.Array, Params]:
+    """(N, C) -> (N, C) float32, and the moments of the row if it was by them."""
+    if over_row and isinstance(norm, BatchNorm):
+        return norm.over_row(x, level.count)
+    return norm(x), {}
 
 
 class Embedding(nnx.Module):
@@ -52,16 +66,19 @@ class Embedding(nnx.Module):
         self.mask_token = nnx.Param(jnp.zeros(channels)) if spec.mask_token else None
         self.stem = spec.stem
 
-    def __call__(self, x: jax.Array, level: Level, mask: jax.Array | None) -> jax.Array:
-        """(N, inputs) -> (N, C); mask is (N,) bool."""
+    def __call__(
+        self, x: jax.Array, level: Level, mask: jax.Array | None, over_row: bool
+    ) -> tuple[jax.Array, Params]:
+        """(N, inputs) -> (N, C) and the norm's moments; mask is (N,) bool."""
         with jax.named_scope("convolution" if self.stem == "conv" else "projections"):
             x = self.conv(x, level) if self.stem == "conv" else self.linear(x)
-        x = gelu(self.norm(x))
-        if mask is None:
-            return x
-        if self.mask_token is None:
-            raise ValueError("a mask needs a network with mask_token=True")
-        return jnp.where(mask[:, None], self.mask_token[...][None], x)
+        x, moments = _normalize(self.norm, x, level, over_row)
+        x = gelu(x)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("a mask needs a network with mask_token=True")
+            x = jnp.where(mask[:, None], self.mask_token[...][None], x)
+        return x, {"norm": moments}
 
 
 class Down(nnx.Module):
@@ -71,9 +88,13 @@ class Down(nnx.Module):
         self.proj = linear(inputs, outputs, spec.dtype, rngs)
         self.norm = _norm(outputs, spec, rngs)
 
-    def __call__(self, x: jax.Array, fine: Level, coarse: Level) -> jax.Array:
-        """(N, inputs) -> (M, outputs)."""
-        return gelu(self.norm(cluster_max(self.proj(x), fine.parent, coarse.first_child)))
+    def __call__(
+        self, x: jax.Array, fine: Level, coarse: Level, over_row: bool
+    ) -> tuple[jax.Array, Params]:
+        """(N, inputs) -> (M, outputs) and the norm's moments."""
+        x = cluster_max(self.proj(x), fine.parent, coarse.first_child)
+        x, moments = _normalize(self.norm, x, coarse, over_row)
+        return gelu(x), {"norm": moments}
 
 
 class Up(nnx.Module):
@@ -86,12 +107,14 @@ class Up(nnx.Module):
         self.skip_norm = _norm(outputs, spec, rngs)
 
     def __call__(
-        self, x: jax.Array, skip: jax.Array, fine: Level, coarse: Level
-    ) -> tuple[jax.Array, jax.Array]:
-        """(M, inputs), (N, skipped) -> (N, outputs) twice: the sum, the encoder alone."""
-        x = gelu(self.norm(self.proj(x)))
-        skip = gelu(self.skip_norm(self.skip(skip)))
-        return skip + to_children(x, fine.parent, coarse.first_child), skip
+        self, x: jax.Array, skip: jax.Array, fine: Level, coarse: Level, over_row: bool
+    ) -> tuple[jax.Array, jax.Array, Params]:
+        """(M, inputs), (N, skipped) -> (N, outputs) twice: the sum, the encoder alone; moments."""
+        x, moments = _normalize(self.norm, self.proj(x), coarse, over_row)
+        skip, skip_moments = _normalize(self.skip_norm, self.skip(skip), fine, over_row)
+        skip = gelu(skip)
+        out = skip + to_children(gelu(x), fine.parent, coarse.first_child)
+        return out, skip, {"norm": moments, "skip_norm": skip_moments}
 
 
 class PTv3(nnx.Module):
@@ -127,6 +150,7 @@ class PTv3(nnx.Module):
         coord: jax.Array | None = None,
         order_key: jax.Array | None = None,
         noise_keys: jax.Array | None = None,
+        row_statistics: Collection[str] = (),
     ) -> Features:
         """Features of every level.
 
@@ -139,6 +163,8 @@ class PTv3(nnx.Module):
           order_key: shuffles the turns of the orders at every level (training); None keeps them.
           noise_keys: (G,) keys, one a cloud, for drop path and moved rotary coordinates (training);
             None for neither.
+          row_statistics: names of the parts (`embedding`, `enc`, `dec`) whose batch norms take the
+            statistics of the row's points (supervised training) instead of the running ones.
         """
         turns = _turns(order_key, len(hierarchy), len(self.spec.curves))
         coords = self._coords(coord, hierarchy)
@@ -152,13 +178,15 @@ class PTv3(nnx.Module):
 
         x = jnp.where(hierarchy[0].valid[:, None], x, 0.0)
         with jax.named_scope("projections"):
-            x = self.embedding(x, hierarchy[0], mask)
+            x, embedding = self.embedding(x, hierarchy[0], mask, "embedding" in row_statistics)
         levels: list[jax.Array] = []
+        moments: Params = {"embedding": embedding, "enc": {}, "dec": {}}
         for i, level in enumerate(hierarchy):
             stage = self.enc[f"stage{i}"]
             if i:
                 with jax.named_scope("pooling"):
-                    x = stage.down(x, hierarchy[i - 1], level)
+                    x, down = stage.down(x, hierarchy[i - 1], level, "enc" in row_statistics)
+                moments["enc"][f"stage{i}"] = {"down": down}
             with jax.named_scope("blocks"):
                 x = stage(x, level, turns[i], keys(i), coords[i])
             levels.append(x)
@@ -167,12 +195,14 @@ class PTv3(nnx.Module):
         for i in reversed(range(len(self.spec.decoder))):
             stage = self.dec[f"stage{i}"]
             with jax.named_scope("pooling"):
-                x, skip = stage.up(x, levels[i], hierarchy[i], hierarchy[i + 1])
+                fine, coarse = hierarchy[i : i + 2]
+                x, skip, up = stage.up(x, levels[i], fine, coarse, "dec" in row_statistics)
+            moments["dec"][f"stage{i}"] = {"up": up}
             seen = skip if self.spec.pooling == "serialized" else None
             with jax.named_scope("blocks"):
                 x = stage(x, hierarchy[i], turns[i], keys(len(hierarchy) + i), coords[i], seen)
             decoded.append(x)
-        return Features(tuple(levels), tuple(reversed(decoded)))
+        return Features(tuple(levels), tuple(reversed(decoded)), without_empty(moments))
 
     @jax.named_scope("pooling")
     def _coords(self, coord: jax.Array | None, hierarchy: Hierarchy) -> Sequence[jax.Array | None]:

@@ -24,6 +24,9 @@ NETWORK_LIMITS = {
     "mlp_ratio": limits.number(above=0),
     "drop_path": limits.number(0, below=1),
     "layer_scale": limits.either(limits.NOTHING, limits.number(0)),
+    "stem": limits.one_of("linear", "conv"),
+    "norm": limits.one_of("layer", "batch"),
+    "pooling": limits.one_of("grid", "serialized"),
 }
 
 

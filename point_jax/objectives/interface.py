@@ -47,7 +47,7 @@ class Objective(Protocol):
         """Parameters of the student, which gradients move, and of the teacher, which they do not.
 
         A teacher is whatever the loss needs beside the student: a moving average, a frozen encoder,
-        or nothing, an empty dict.
+        running statistics, or nothing, an empty dict.
         """
         ...
 
@@ -76,9 +76,17 @@ class Objective(Protocol):
         ...
 
     def follow(
-        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+        self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
-        """The teacher after a step that gave this student; `good` () bool: the step counted."""
+        """The teacher after a step that gave this student.
+
+        Args:
+          teacher: before the step.
+          student: after it.
+          stats: the step's sums, as for `metrics`.
+          schedule: the step's.
+          good: () bool; where False the step did not count, and `stats` may hold anything.
+        """
         ...
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:

@@ -2,7 +2,8 @@
 
 One objective serves every protocol of an evaluation: a linear probe trains the layer alone, a
 decoder probe the decoder too, LoRA small changes of the attention, full fine-tuning everything.
-What trains is the student, what is frozen the teacher.
+What trains is the student, what is frozen the teacher; running statistics of batch norms belong to
+the teacher, whether their norms train or not.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from point_jax import limits
+from point_jax.models import statistics
 from point_jax.models.functional import Params
 from point_jax.models.lora import ALPHA, RANK, add_lora, start_lora
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
@@ -113,16 +115,22 @@ class Segmentation:
         self.rows = LabelledRowMaker(spec.crops, spec.scenes_per_row, shares)
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
-        """The student: `head` and what trains of the backbone; the teacher: the frozen backbone."""
+        """The student: `head` and what trains of the backbone; the teacher: the frozen backbone.
+
+        The teacher has all running statistics: weight decay must not reach them.
+        """
         backbone_key, head_key, lora_key = jax.random.split(key, 3)
         backbone = self.trunk.init(backbone_key)
         trained, frozen = self.divide(backbone, lora_key, self.spec)
         head = start_head(head_key, sum(self.trunk.channels), self.spec.classes)
+        if "backbone" in trained:
+            moved, running = statistics.split(trained["backbone"])
+            trained, frozen = trained | {"backbone": moved}, statistics.join(frozen, running)
         return {"head": head, **trained}, {"backbone": frozen} if frozen else {}
 
     def whole(self, student: Params, teacher: Params) -> Params:
         """The backbone as the network takes it, of student and teacher together."""
-        backbone = teacher.get("backbone", {}) | student.get("backbone", {})
+        backbone = statistics.join(teacher.get("backbone", {}), student.get("backbone", {}))
         if "lora" in student:
             backbone = add_lora(backbone, student["lora"], self.spec.lora_alpha)
         return backbone
@@ -168,7 +176,7 @@ class Segmentation:
           (sum, (count, stats)): count 1, or 0 for a row without labels.
         """
         del schedule
-        logits = self.logits(student, shared["frozen"], piece, key)
+        logits, moments = self.logits(student, shared["frozen"], piece, key)
         weights = self._weights(piece.labels)
         with jax.named_scope("losses"):
             entropy = (weights * cross_entropy(logits, piece.labels)).sum()
@@ -181,17 +189,19 @@ class Segmentation:
             "lovasz": lovasz * count,
             "labelled_rows": count,
             "hits": self._hits(logits, piece.labels),
+            "moments": jax.tree.map(lambda x: jnp.where(count > 0, x, 0.0), moments),
         }
         total = (mean + self.spec.lovasz * lovasz) * count
         return total, (count, jax.lax.stop_gradient(stats))
 
     def logits(
         self, student: Params, teacher: Params, row: LabelledRow, key: jax.Array
-    ) -> jax.Array:
-        """(N, K) float32 of a row in training."""
-        levels = self.trunk(self.whole(student, teacher), row, key)
+    ) -> tuple[jax.Array, Params]:
+        """(N, K) float32 of a row in training, and its `Features.moments`."""
+        trained = student.get("backbone", {}).keys()
+        levels, moments = self.trunk(self.whole(student, teacher), row, key, trained)
         with jax.named_scope("heads"):
-            return self._linear(student["head"], levels, row)
+            return self._linear(student["head"], levels, row), moments
 
     def _linear(self, head: Params, levels: tuple[jax.Array, ...], row: LabelledRow) -> jax.Array:
         """The layer on the joined features of all levels, applied level by level.
@@ -223,11 +233,15 @@ class Segmentation:
         return jnp.stack([count(right), count(place), count(found)])
 
     def follow(
-        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+        self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
-        """What is frozen stays."""
-        del student, schedule, good
-        return teacher
+        """What is frozen stays; running statistics of norms that train follow the rows' means."""
+        del student, schedule
+        if not stats["moments"]:
+            return teacher
+        rows = jnp.maximum(stats["labelled_rows"], 1.0)
+        moments = jax.tree.map(lambda total: total / rows, stats["moments"])
+        return teacher | {"backbone": statistics.follow(teacher["backbone"], moments, good)}
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
         """Losses, accuracy and mean IoU on the training crops, and what rows lost.

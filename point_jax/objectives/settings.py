@@ -56,6 +56,9 @@ def default_network() -> ConfigDict:
     network.mlp_ratio = 4.0
     network.drop_path = 0.3
     network.layer_scale = 0.0  # start value of every branch's scale; 0: no scale
+    network.stem = "linear"  # of PT-v3m1 "conv", "batch" and "serialized": see `PTv3Spec`
+    network.norm = "layer"
+    network.pooling = "grid"
     network.rotary_base = 0.0  # of rotary positions (PT-v3m3; Utonia's is 10); 0: none
     network.rotary_shift = 0.0  # in training coordinates move by up to this many metres,
     network.rotary_jitter = 1.0  # each axis stretches by up to this factor (Utonia's: 1.1)
@@ -147,6 +150,10 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
             mlp_ratio=network["mlp_ratio"],
             drop_path=network["drop_path"],
             layer_scale=network["layer_scale"] or None,
+            mask_token=network["stem"] == "linear",
+            stem=network["stem"],
+            norm=network["norm"],
+            pooling=network["pooling"],
             rotary=rotary,
             dtype=_DTYPES[network["dtype"]],
             remat=network["remat"],
@@ -188,6 +195,12 @@ def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
 def sonata_spec(config: Any) -> SonataSpec:
     """What `make_sonata` makes the objective of; the same errors."""
     network = network_spec(config.network)
+    if network.stem == "conv" or network.norm == "batch":
+        raise ValueError(
+            f"config.network has stem={network.stem!r} and norm={network.norm!r}: pretraining "
+            "needs 'linear', which can be masked, and 'layer', since only supervised training has "
+            "statistics of a batch"
+        )
     views = _tuples(config.views.to_dict())
     with _errors_say("config.views.color."):
         views["color"] = ColorSpec(**views["color"])

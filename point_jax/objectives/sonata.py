@@ -167,9 +167,10 @@ class Sonata:
         return self.rows.make({name: x[0] for name, x in scenes.items()}, key, schedule)
 
     def follow(
-        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+        self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
         """The teacher as a moving average of the student, by `momentum`."""
+        del stats
         return move_teacher(teacher, student, jnp.where(good, schedule["momentum"], 1.0))
 
     @jax.named_scope("losses")

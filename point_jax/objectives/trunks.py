@@ -1,9 +1,10 @@
 """What a segmentation's linear layer reads: a network's features, or the input as it is.
 
 A trunk has the `channels` of each level that it gives, finest first, the `shape` of the rows that
-it needs, `init(key) -> params`, and is called with parameters and a row.
+it needs, `init(key) -> params`, and is called with parameters, a row and what of it trains.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 import jax
@@ -33,15 +34,23 @@ class Trunk(Protocol):
         ...
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """Features (N, C) of the first levels, `channels` of them."""
+        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+    ) -> tuple[tuple[jax.Array, ...], Params]:
+        """Features (N, C) of the first levels, `channels` of them, and `Features.moments`.
+
+        Args:
+          params: parameters.
+          row: the input.
+          order_key: of this step, the same on all devices.
+          trained: names of the parts of the parameters that gradients move.
+        """
         ...
 
 
 class PTv3Trunk:
     """A PTv3 in training: orders shuffled, drop path on, as the originals' probes have it, too.
 
+    Batch norms of what trains use the row's statistics; of what is frozen, the running ones.
     With a decoder it gives the decoder's finest features; without, the encoder's of every level.
     """
 
@@ -57,8 +66,8 @@ class PTv3Trunk:
         return self.spec.hierarchy(capacities, clouds)
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array
-    ) -> tuple[jax.Array, ...]:
+        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+    ) -> tuple[tuple[jax.Array, ...], Params]:
         """See `Trunk`."""
         coord = row.features[:, :3]
         out = self._apply(
@@ -68,8 +77,9 @@ class PTv3Trunk:
             coord=coord if self.spec.rotary else None,
             order_key=order_key,
             noise_keys=row.keys,
+            row_statistics=trained,
         )
-        return out.decoded[:1] or out.levels
+        return out.decoded[:1] or out.levels, out.moments
 
 
 class RawTrunk:
@@ -88,8 +98,8 @@ class RawTrunk:
         return {}
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array
-    ) -> tuple[jax.Array, ...]:
+        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+    ) -> tuple[tuple[jax.Array, ...], Params]:
         """See `Trunk`."""
-        del params, order_key
-        return (row.features[:, jnp.array(RAW)],)
+        del params, order_key, trained
+        return (row.features[:, jnp.array(RAW)],), {}

@@ -30,6 +30,9 @@ HARMLESS = (
     *("probe.every", "probe.train_sources", "probe.test_sources", "probe.scenes", "probe.voxels"),
 )
 
+# Keys that older programs did not know, and the values that say what these did.
+ADDED = {"network.stem": "linear", "network.norm": "layer", "network.pooling": "grid"}
+
 OPTIONAL = ("schedule",)  # sections that only some objectives read
 
 _POSITIVE, _COUNT = limits.number(above=0), limits.whole(1)
@@ -279,6 +282,7 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
         before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
+    before = {key: value for key, value in ADDED.items() if key in after} | before
     changed = {
         key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
         for key in sorted(before.keys() | after.keys())

@@ -95,7 +95,7 @@ def make_train_step(
             eps=optim.eps,
             good=good,
         )
-        teacher = objective.follow(state["teacher"], student, schedule, good)
+        teacher = objective.follow(state["teacher"], student, stats, schedule, good)
         new: State = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
         failed = jnp.where(good, 0, 1).astype(jnp.int32)
         new["step"] = state["step"] + 1
