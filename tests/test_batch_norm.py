@@ -17,7 +17,7 @@ from test_segmentation import CLASSES, QUIET, Run, labelled_batch
 
 from point_jax.evaluation import protocols
 from point_jax.evaluation.candidates import Candidate
-from point_jax.evaluation.labelled_scenes import CLASSES
+from point_jax.evaluation.labelled_scenes import CLASSES as KNOWN
 from point_jax.models import statistics
 from point_jax.models.functional import functional
 from point_jax.models.layers import BatchNorm
@@ -259,7 +259,7 @@ def test_a_stopped_training_ends_alike_and_is_evaluated_by_its_running_statistic
     candidate = Candidate("random", network_spec(config.network), 0.1)
 
     def train(workdir):
-        classes = CLASSES["rooms"]
+        classes = KNOWN["rooms"]
         return protocols.trained(
             "scratch", candidate, config, classes, workdir, lambda scene: scene
         )
