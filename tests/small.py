@@ -10,9 +10,9 @@ from point_jax.training.state import init_state
 from point_jax.training.step import make_train_step
 
 
-def small_config():
+def small_config(experiment=sonata):
     """A config of two levels on tiny scenes."""
-    config = sonata.get_config("tiny")
+    config = experiment.get_config("tiny")
     config.train.batch = 8
     config.network.depths = (1, 1)
     config.network.channels = (6, 12)
@@ -79,10 +79,13 @@ def schedule(**changes):
 
 
 class Step:
-    """One compiled step of a config's objective on a mesh, always from the config's seed."""
+    """One compiled step of a config's objective on a mesh, always from the config's seed.
 
-    def __init__(self, config, mesh):
-        self.objective, self.mesh = make_sonata(config), mesh
+    The objective is Sonata's, unless another is given.
+    """
+
+    def __init__(self, config, mesh, objective=None):
+        self.objective, self.mesh = objective or make_sonata(config), mesh
         self.key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
         make = jax.jit(lambda key: init_state(self.objective, key), out_shardings=replicated(mesh))
         self.make = lambda: make(self.key)

@@ -241,13 +241,13 @@ class Concerto:
         return SCALE * jnp.where(hit, loss, 0.0).sum(), hit.sum().astype(jnp.float32)
 
     def follow(
-        self, teacher: Params, student: Params, schedule: Schedule, good: jax.Array
+        self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
         """The point teacher as a moving average; the image encoder stays as it is."""
         image = {name: part for name, part in teacher.items() if name == "image"}
         points = {name: part for name, part in teacher.items() if name != "image"}
         followed = {name: student[name] for name in points}
-        return self.points.follow(points, followed, schedule, good) | image
+        return self.points.follow(points, followed, stats, schedule, good) | image
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
         """Sonata's, the image loss, and how many patches it is a mean over."""

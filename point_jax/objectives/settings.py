@@ -179,6 +179,7 @@ def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
     Raises:
       ValueError: a value that does not fit, and which.
     """
+    points = replace(sonata_spec(config), shared_head=True)
     images = _tuples(config.images.to_dict())
     encoder = encoder or NetworkEncoder(UNTRAINED)
     with _errors_say("config.images.augment.color."):
@@ -186,10 +187,8 @@ def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
     with _errors_say("config.images."):
         size = images["height"], images["width"]
         spec = ImageSpec(*size, encoder.stride, **_tuples(images["augment"]))
-        points = replace(sonata_spec(config), shared_head=True)
-        return Concerto(
-            ConcertoSpec(points, images["up_cast"], images["weight"]), EncodedImages(encoder, spec)
-        )
+        concerto = ConcertoSpec(points, images["up_cast"], images["weight"])
+        return Concerto(concerto, EncodedImages(encoder, spec))
 
 
 def sonata_spec(config: Any) -> SonataSpec:
