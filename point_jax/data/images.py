@@ -109,8 +109,8 @@ def fit_places(places: np.ndarray, full: Size, size: Size) -> np.ndarray:
     """Places (k, 2) in an image -> places in what `read_image` makes of it, -1 outside."""
     top, left, scale = central_crop(full, size)
     fitted = ((places - (top, left)) / scale).astype(np.float32)
-    inside = ((fitted >= 0) & (fitted < np.array(size))).all(axis=1)
-    return np.where(inside[:, None], fitted, np.float32(-1))
+    inside = np.logical_and(fitted >= 0, fitted < np.array(size))
+    return np.where(inside.all(axis=1, keepdims=True), fitted, np.float32(-1))
 
 
 def image_size(file: Path) -> Size:
@@ -145,7 +145,7 @@ def read_image(file: Path, full: Size, size: Size) -> np.ndarray:
                 f"{file}: {image.width} x {image.height} pixels, but its scene says "
                 f"{full.width} x {full.height}"
             )
-        return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box))
+        return np.asarray(image.resize((size.width, size.height), Image.Resampling.BILINEAR, box))
 
     return _open(file, fit)
 

@@ -135,8 +135,9 @@ def make_views(scene: dict[str, jax.Array], key: jax.Array, spec: ViewSpec) -> V
 
     Args:
       scene: "coord" (P, 3) float32 metres, "color" (P, 3) 0 to 255 of any dtype, "normal" (P, 3),
-        "count" int32 scalar: the first rows in use. Anything in the other rows. Other keys are
-        ignored.
+        "count" int32 scalar: the first rows in use. Anything in the other rows. "pixels" (P, I, 2),
+        if there: where each image sees each point, -1 where it does not; the centre of the major
+        view is then a point that some image sees, if there is any. Other keys are ignored.
       key: random key.
       spec: what to make; static.
 
@@ -164,7 +165,11 @@ def make_views(scene: dict[str, jax.Array], key: jax.Array, spec: ViewSpec) -> V
         drop_key = jax.random.fold_in(keys[1], 2 * place + 1)
         normal = random_drop(drop_key, normal, valid, share, probability)
 
-    global_crops, local_crops = crop_views(keys[2], coord, valid, spec)
+    central = valid
+    if "pixels" in scene:
+        seen = valid & (scene["pixels"] >= 0).all(-1).any(-1)[index]
+        central = jnp.where(jnp.any(seen), seen, valid)
+    global_crops, local_crops = crop_views(keys[2], coord, valid, spec, central)
     shared_color = change_color(color, valid, draw_color(keys[3], spec.color))
 
     def augment(
@@ -200,19 +205,24 @@ def make_views(scene: dict[str, jax.Array], key: jax.Array, spec: ViewSpec) -> V
 
 
 def crop_views(
-    key: jax.Array, coord: jax.Array, valid: jax.Array, spec: ViewSpec
+    key: jax.Array,
+    coord: jax.Array,
+    valid: jax.Array,
+    spec: ViewSpec,
+    central: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Draws centres and sizes of all views and cuts them out.
 
-    The first global view is the major one: its centre is any point. The centres of the other global
-    views are points of the major view, those of the local views points of it that no earlier local
-    view covers; when all are covered, covering starts anew.
+    The first global view is the major one: its centre is any of the `central` points. The centres
+    of the other global views are points of the major view, those of the local views points of it
+    that no earlier local view covers; when all are covered, covering starts anew.
 
     Args:
       key: random key.
       coord: (N, 3) float32, metres, finite.
       valid: (N,) bool.
       spec: counts, sizes and shares of the views.
+      central: (N,) bool, the points that may be the major view's centre; None: all valid ones.
 
     Returns:
       ((rows, count), (rows, count)) of the global and the local views: rows (V, capacity) int32, in
@@ -247,7 +257,7 @@ def crop_views(
     nothing = jnp.zeros_like(valid)
     _, (rows, counts) = jax.lax.scan(
         cut,
-        (nothing, nothing, _draw_point(draws[0, 0], coord, valid)),
+        (nothing, nothing, _draw_point(draws[0, 0], coord, valid if central is None else central)),
         (jnp.arange(views), jnp.minimum(sizes, capacity), jnp.roll(draws[:, 0], -1)),
     )
     global_rows, local_rows = rows[:split, : spec.global_capacity], rows[split:]
