@@ -166,8 +166,6 @@ def test_what_no_image_sees_is_learned_from_points_alone(step):
     _, none = step(without_images(batch, [0, 1]))
     assert 0 < first["image_patches"] < both["image_patches"]
     assert none["image_patches"] == 0 and none["bad_steps"] == 0
-    for name in ("mask_loss", "roll_loss", "unmask_loss"):
-        assert none[name] == pytest.approx(both[name], rel=1e-5), name
     mean = np.mean([none[name] for name in ("mask_loss", "roll_loss", "unmask_loss")])
     assert none["image_loss"] == pytest.approx(mean, rel=1e-5)  # the original's fallback
     assert none["grad_norm"] > 0

@@ -1,9 +1,12 @@
 """The newest checkpoint of a run of this project as `Weights`."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
@@ -95,7 +98,8 @@ def read_workdir(workdir: Path | str) -> Weights:
     if faults:
         raise CheckpointError(f"{folder} is not of the network in {CONFIG}: {'; '.join(faults)}")
     state = jax.device_get(checkpoint.load_weights(folder, template))
-    weights = Weights("pretraining", variant, config, dict(state))
+    points, extra = _without_images(state)
+    weights = Weights("pretraining", variant, config, points, extra)
     source = {
         "file": f"{workdir.name}/{FOLDER}/{folder.name}",
         "format": "workdir",
@@ -104,3 +108,21 @@ def read_workdir(workdir: Path | str) -> Weights:
         "grid_size": content["config"]["views"]["grid_size"],
     }
     return dataclasses.replace(weights, source=source)
+
+
+def _without_images(
+    state: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Student and teacher of the points, and Concerto's projection under the original's names.
+
+    The image encoder is left out: it is as it was in the folder that the run had it from.
+    """
+    points = {
+        tree: {name: part for name, part in parts.items() if name not in ("patch_proj", "image")}
+        for tree, parts in state.items()
+    }
+    projection = state["student"].get("patch_proj")
+    if projection is None:
+        return points, {}
+    weight = np.ascontiguousarray(np.asarray(projection["kernel"]).T)
+    return points, {"patch_proj.weight": weight, "patch_proj.bias": np.asarray(projection["bias"])}
