@@ -1,6 +1,7 @@
 """Scene folders: what is read is what was written, and whatever is wrong says so."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -444,6 +445,10 @@ def test_frames_that_do_not_fit_are_refused(tmp_path):
     write_frames(tmp_path, frames(20))
     with pytest.raises(SceneError, match=r"frames.npz: seen has shape \(2, 3\).*13.*100 points"):
         read_frames(tmp_path, 100)
+    for wrong in ({"camera": np.full((2, 3, 4), np.nan)}, {"size": np.zeros((2, 2), int)}):
+        write_frames(tmp_path, dataclasses.replace(frames(20), **wrong))
+        with pytest.raises(SceneError, match="camera has NaN or infinite values, or size is below"):
+            read_frames(tmp_path, 20)
 
 
 @settings(deadline=None, max_examples=60)

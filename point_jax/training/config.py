@@ -30,6 +30,9 @@ HARMLESS = (
     *("probe.every", "probe.train_sources", "probe.test_sources", "probe.scenes", "probe.voxels"),
 )
 
+# Keys that came later, and the values that stand for what a run without them did.
+LATER = {"data.images.count": 0, "data.images.height": 224, "data.images.width": 224}
+
 OPTIONAL = ("schedule",)  # sections that only some objectives read
 
 _POSITIVE, _COUNT = limits.number(above=0), limits.whole(1)
@@ -276,7 +279,7 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
         return []
     try:
         old = json.loads(file.read_text())
-        before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
+        before, after = (LATER | dict(_leaves(one["config"])) for one in (old, new))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
     changed = {
