@@ -477,17 +477,25 @@ def blocks(language: str) -> list[str]:
 
 def test_what_the_page_about_data_shows_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write, train, images = blocks("python")
+    write, train, frames_of, images, pointcept = blocks("python")
     exec(write, {})
     (shown,) = blocks("json")
     assert json.loads(Path("scans/dataset.json").read_text()) == json.loads(shown)
     assert len(Dataset("scans").load(0).coord) == 20_000
     write_frames("scans/train/office_01", frames(20_000))
-    exec(images, {})
+    exec(frames_of, {})
     config = ConfigDict({"data": default_data()})
     exec(train, {"config": config})
     config.data.sources = config.data.sources[::2]  # there is no scannet here
     assert [source.size for source in build_sources(config.data.sources)] == [1, 1000]
+    exec(images, {"config": config})
+    assert config.data.images.to_dict() == {"count": 4, "height": 224, "width": 224}
+    Path("scannet/splits").mkdir(parents=True)
+    entry = {"pointclouds": "data/scannet/train/scene0000_00", "images": [], "correspondences": []}
+    for split in ("train", "val"):
+        Path(f"scannet/splits/{split}.json").write_text(json.dumps({"scene0000_00_0": entry}))
+    exec(pointcept, {"config": config})
+    assert [source.size for source in build_sources(config.data.sources)] == [2]
 
 
 def test_the_error_that_the_page_shows_is_real(tmp_path, monkeypatch):
