@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from point_jax.data.pipeline import default_data
 from point_jax.training.config import (
     LIMITS,
     ConfigError,
@@ -190,6 +191,17 @@ def test_resuming_with_another_config_names_the_keys(tmp_path, file):
         "config changed, optim.lr: 0.004 -> 0.5",
         "config changed, train.steps: 100 -> 7",
     ]
+
+
+def test_a_run_from_before_a_key_goes_on_with_what_stands_for_it(tmp_path, file):
+    settle_config(parse(file)[0], tmp_path)  # has no images
+    config, _ = parse(file)
+    with config.data.unlocked():
+        config.data.images = default_data().images
+    assert compare_config(config, tmp_path) == []
+    config.data.images.count = 2
+    with pytest.raises(ConfigError, match="data.images.count: 0 -> 2"):
+        compare_config(config, tmp_path)
 
 
 def test_resuming_may_change_what_is_written_and_whether_it_goes_on(tmp_path, file):

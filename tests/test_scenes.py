@@ -1,6 +1,7 @@
 """Scene folders: what is read is what was written, and whatever is wrong says so."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -444,6 +445,10 @@ def test_frames_that_do_not_fit_are_refused(tmp_path):
     write_frames(tmp_path, frames(20))
     with pytest.raises(SceneError, match=r"frames.npz: seen has shape \(2, 3\).*13.*100 points"):
         read_frames(tmp_path, 100)
+    for wrong in ({"camera": np.full((2, 3, 4), np.nan)}, {"size": np.zeros((2, 2), int)}):
+        write_frames(tmp_path, dataclasses.replace(frames(20), **wrong))
+        with pytest.raises(SceneError, match="camera has NaN or infinite values, or size is below"):
+            read_frames(tmp_path, 20)
 
 
 @settings(deadline=None, max_examples=60)
@@ -472,17 +477,25 @@ def blocks(language: str) -> list[str]:
 
 def test_what_the_page_about_data_shows_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write, train, images = blocks("python")
+    write, train, frames_of, images, pointcept = blocks("python")
     exec(write, {})
     (shown,) = blocks("json")
     assert json.loads(Path("scans/dataset.json").read_text()) == json.loads(shown)
     assert len(Dataset("scans").load(0).coord) == 20_000
     write_frames("scans/train/office_01", frames(20_000))
-    exec(images, {})
+    exec(frames_of, {})
     config = ConfigDict({"data": default_data()})
     exec(train, {"config": config})
     config.data.sources = config.data.sources[::2]  # there is no scannet here
     assert [source.size for source in build_sources(config.data.sources)] == [1, 1000]
+    exec(images, {"config": config})
+    assert config.data.images.to_dict() == {"count": 4, "height": 224, "width": 224}
+    Path("scannet/splits").mkdir(parents=True)
+    entry = {"pointclouds": "data/scannet/train/scene0000_00", "images": [], "correspondences": []}
+    for split in ("train", "val"):
+        Path(f"scannet/splits/{split}.json").write_text(json.dumps({"scene0000_00_0": entry}))
+    exec(pointcept, {"config": config})
+    assert [source.size for source in build_sources(config.data.sources)] == [2]
 
 
 def test_the_error_that_the_page_shows_is_real(tmp_path, monkeypatch):

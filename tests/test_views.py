@@ -173,6 +173,33 @@ class TestViews:
             np.testing.assert_array_equal(part, same)
         assert not np.array_equal(views[0].global_.origin, views[4].global_.origin)
 
+    def test_the_major_view_is_around_a_point_that_an_image_sees(self, scenes, views):
+        def with_pixels(seen):
+            """Two images; `seen` (300,) says which points the second one sees."""
+            pixels = np.full((300, 2, 2), -1, np.float32)
+            pixels[seen, 1] = 3.5
+            return scenes[0] | {"pixels": pixels}
+
+        coord = scenes[0]["coord"][:250]
+        corner = np.zeros(300, bool)
+        corner[np.argsort(coord @ [1.0, 1.0, 0.0])[:4]] = True
+        beyond = np.arange(300) >= 250  # padding: not points at all
+        stacked = [with_pixels(seen) for seen in (corner, corner, corner, corner | beyond, beyond)]
+        stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *stacked)
+        keys = KEYS[np.array([0, 1, 2, 0, 0])]
+        make = jax.jit(jax.vmap(lambda scene, key: make_views(scene, key, SPEC).global_))
+        made = make(stacked, keys)
+        for case in range(4):
+            count = int(made.count[case, 0])
+            major = frozenset(np.asarray(made.source[case, 0, :count]).tolist())
+            centres = coord[np.flatnonzero(corner)]
+            assert any(nearest(coord, centre, count) == major for centre in centres)
+        # Where images see no point, every draw is the one that there is without images.
+        for part, plain in zip(
+            jax.tree.leaves(made), jax.tree.leaves(views[0].global_), strict=True
+        ):
+            np.testing.assert_array_equal(part[4], plain)
+
     def test_points_stay_within_the_reach_of_the_augmentation(self, views):
         """Scaled by 0.9 to 1.1, jittered by 2 cm and distorted by decimetres, about the centre."""
         for batch in (views[0].global_, views[0].local):

@@ -9,7 +9,8 @@ import numpy as np
 
 def transform(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     """Points (n, 3) through a rigid 4x4."""
-    return points @ matrix[:3, :3].T + matrix[:3, 3]
+    # einsum and not matmul: BLAS picks kernels by CPU.
+    return np.einsum("nj,ij->ni", points, matrix[:3, :3]) + matrix[:3, 3]
 
 
 def project(

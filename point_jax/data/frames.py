@@ -41,7 +41,9 @@ class Frames:
         """
         index = np.flatnonzero(self.seen[frame])
         camera = self.camera[frame]
-        projected = coord[index].astype(np.float64) @ camera[:, :3].T + camera[:, 3]
+        # einsum and not matmul: loading threads must not fight for the threads of BLAS.
+        projected = np.einsum("nj,ij->ni", coord[index].astype(np.float64), camera[:, :3])
+        projected += camera[:, 3]
         return index, (projected[:, :2] / projected[:, 2:]).astype(np.float32)
 
 
