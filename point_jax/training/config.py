@@ -31,10 +31,8 @@ HARMLESS = (
 )
 
 # Keys that older programs did not know, and the values that say what these did.
-ADDED = {
-    **{"network.stem": "linear", "network.norm": "layer", "network.pooling": "grid"},
-    **{"data.images.count": 0, "data.images.height": 224, "data.images.width": 224},
-}
+ADDED = {"network.stem": "linear", "network.norm": "layer", "network.pooling": "grid"}
+ADDED |= {"data.images.count": 0, "data.images.height": 224, "data.images.width": 224}
 
 OPTIONAL = ("schedule",)  # sections that only some objectives read
 
