@@ -62,9 +62,14 @@ class ImageBranch(Protocol):
       channels: of a patch's features, F.
     """
 
-    height: int
-    width: int
-    channels: int
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def channels(self) -> int: ...
 
     def init(self, key: jax.Array) -> Params:
         """Parameters of the image encoder; {} without one."""
