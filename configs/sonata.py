@@ -69,6 +69,9 @@ def _tiny(config: Config) -> None:
     config.train.batch = 2
     config.train.steps = 1000
     config.optim.lr = 0.002
+    # In so few steps the usual teacher hardly moves: with 0.994 a ridge probe on 8 unseen rooms
+    # stood at 18.4 mIoU after 120 steps, with 0.97 at 21.5.
+    config.schedule.momentum = (0.97, 1.0)
     config.network.depths = (1, 1, 2, 2, 1)
     config.network.channels = (32, 64, 96, 128, 192)
     config.network.heads = (2, 4, 6, 8, 12)
