@@ -102,8 +102,7 @@ def _small(config: Config) -> None:
 def _tiny(config: Config) -> None:
     config.train.batch, config.train.steps = 4, 300
     config.checkpoint.every = 100
-    if config.protocol == "linear":
-        config.optim.lr = 0.02  # in so few steps 0.002 would leave the layer half trained
+    config.optim.lr = 0.02  # in so few steps 0.002 would leave the layer half trained
     config.crops.max_size = 16_384
     config.data.scene_points = 120_000
 
