@@ -21,12 +21,18 @@ from jax.sharding import Mesh
 from launch import command
 from point_jax.data.pipeline import held_out, make_batches
 from point_jax.data.scenes import Scene
+from point_jax.data.sources import build_sources, with_features
 from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
 from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.interop.initial import initial_weights
-from point_jax.objectives.concerto import Concerto
-from point_jax.objectives.settings import make_concerto, make_sonata
+from point_jax.objectives.concerto import Concerto, ImageBranch
+from point_jax.objectives.settings import (
+    encoded_images,
+    make_concerto,
+    make_sonata,
+    stored_images,
+)
 from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, programs, schedules
@@ -80,17 +86,27 @@ def make_objective(config: config_lib.Config) -> tuple[Sonata | Concerto, Sonata
     Raises:
         ValueError: a value that does not fit.
         CheckpointError: no image encoder where `config.images.encoder` says.
+        SceneError: no features of that name beside the scenes.
     """
     if "images" not in config:
         sonata = make_sonata(config)
         return sonata, sonata.spec, None
-    encoder = params = None
-    images = config.images
-    if images.encoder:
-        dtype, layers = jnp.dtype(images.dtype), tuple(images.layers) or None
-        encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
-    concerto = make_concerto(config, encoder)
+    images, params = image_branch(config)
+    concerto = make_concerto(config, images)
     return concerto, concerto.points.spec, params
+
+
+def image_branch(config: config_lib.Config) -> tuple[ImageBranch, Any]:
+    """The image side of Concerto, and the weights of its encoder or None; errors as above."""
+    images, features = config.images, config.data.images.features
+    if features:
+        _, spec = with_features(build_sources(config.data.sources), features)
+        return stored_images(config, spec), None
+    if not images.encoder:
+        return encoded_images(config, None), None
+    dtype, layers = jnp.dtype(images.dtype), tuple(images.layers) or None
+    encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
+    return encoded_images(config, encoder), params
 
 
 def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from point_jax.data.views import ViewSpec
 from point_jax.interop.pointcept import to_state_dict
 from point_jax.objectives.concerto import Concerto, ConcertoRow, ConcertoSpec
 from point_jax.objectives.rows import LOSSES
-from point_jax.objectives.settings import make_concerto
+from point_jax.objectives.settings import encoded_images, make_concerto
 from point_jax.objectives.sonata import SonataSpec
 
 HEIGHT, WIDTH, CHANNELS, IMAGES = 4, 5, 24, 3
@@ -113,6 +113,10 @@ def config_of(**changes):
     return config
 
 
+def objective_of(config):
+    return make_concerto(config, encoded_images(config, None))
+
+
 def batch_of(scenes=2, images=2, seed=0):
     """Tiny scenes whose images look down on them: row and column are x and y."""
     batch = small_batch(scenes=scenes, seed=seed)
@@ -138,7 +142,7 @@ def without_images(batch, scenes):
 @pytest.fixture(scope="module")
 def step():
     config = config_of()
-    return Step(config, Mesh(np.array(jax.devices()[:1]), ("data",)), make_concerto(config, None))
+    return Step(config, Mesh(np.array(jax.devices()[:1]), ("data",)), objective_of(config))
 
 
 def test_a_step_moves_the_points_and_leaves_the_image_encoder(step):
@@ -194,7 +198,7 @@ def test_one_device_and_two_give_the_same_step():
     found = []
     for devices in (1, 2):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
-        found.append(Step(config, mesh, make_concerto(config, None))(batch))
+        found.append(Step(config, mesh, objective_of(config))(batch))
     (one_state, one), (two_state, two) = found
     for name, value in two.items():
         np.testing.assert_allclose(value, one[name], rtol=2e-5, atol=1e-6, err_msg=name)

@@ -85,13 +85,18 @@ class PairedImages:
     def __len__(self) -> int:
         return len(self._entry.images)
 
+    def file(self, image: int) -> Path:
+        """See `images.Images`."""
+        return self._entry.images[image]
+
     def sight(self, image: int, size: Size) -> Sight:
         """See `images.Images`.
 
         A point with several rows is where their mean is: they are pixels that show what is within a
         centimetre of it. (The originals keep one of them.)
         """
-        file, full = self._entry.images[image], image_size(self._entry.images[image])
+        file = self.file(image)
+        full = image_size(file)
         rows = read_correspondence(self._entry.correspondences[image], full, self._points)
         point = rows[:, 2].astype(np.int64)
         count = np.bincount(point, minlength=self._points)

@@ -16,7 +16,12 @@ from point_jax import limits
 from point_jax.data.checks import SceneError
 from point_jax.data.frames import Frames
 
-IMAGE_LIMITS = {"count": limits.whole(0), "height": limits.whole(1), "width": limits.whole(1)}
+IMAGE_LIMITS = {
+    "count": limits.whole(0),
+    "height": limits.whole(1),
+    "width": limits.whole(1),
+    "features": limits.text(),
+}
 
 
 def default_images() -> ConfigDict:
@@ -25,6 +30,7 @@ def default_images() -> ConfigDict:
     images.count = 0  # most images of a scene, I; 0: batches without images
     images.height = 224  # of all of them on the host, pixels
     images.width = 224
+    images.features = ""  # name of stored features that batches have in place of images
     return images.lock()
 
 
@@ -41,7 +47,8 @@ class Sight(NamedTuple):
     Attributes:
         pixels: (n, 2) float32, place of each point of the scene in the resized image; -1 where the
             image does not see it.
-        read: makes the resized image, (height, width, 3) uint8; raises SceneError.
+        read: makes the resized image, (height, width, 3) uint8, or reads its features where these
+            are stored; raises SceneError.
     """
 
     pixels: np.ndarray
@@ -55,9 +62,34 @@ class Images(Protocol):
         """How many there are."""
         ...
 
+    def file(self, image: int) -> Path | None:
+        """The file of one of them; None if it is rendered."""
+        ...
+
     def sight(self, image: int, size: Size) -> Sight:
         """What one of them sees at a size; raises SceneError for damaged files."""
         ...
+
+
+class Content(NamedTuple):
+    """What a batch has of every image.
+
+    Attributes:
+        name: of the array in the batch.
+        size: that an image is brought to, in whose pixels places are.
+        shape: of one image's part of the array.
+        dtype: of the array.
+    """
+
+    name: str
+    size: Size
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def pixel_content(size: Size) -> Content:
+    """Batches with the images themselves, at a size."""
+    return Content("images", size, (*size, 3), np.dtype(np.uint8))
 
 
 class FrameImages:
@@ -78,6 +110,10 @@ class FrameImages:
     def __len__(self) -> int:
         return len(self._files)
 
+    def file(self, image: int) -> Path:
+        """See `Images`."""
+        return self._root / str(self._files[image])
+
     def sight(self, image: int, size: Size) -> Sight:
         """See `Images`."""
         one, points = slice(image, image + 1), len(self._coord)
@@ -88,8 +124,7 @@ class FrameImages:
         pixels = np.full((points, 2), -1, np.float32)
         # In frames.npz pixel centres have whole coordinates.
         pixels[index] = fit_places(pixel[:, ::-1] + 0.5, Size(height, width), size)
-        file = self._root / str(self._files[image])
-        return Sight(pixels, lambda: read_image(file, Size(height, width), size))
+        return Sight(pixels, lambda: read_image(self.file(image), Size(height, width), size))
 
 
 def central_crop(full: Size, size: Size) -> tuple[float, float, float]:
@@ -167,7 +202,7 @@ def pad_images(
     keep: np.ndarray | None,
     points: int,
     count: int,
-    size: Size,
+    content: Content,
     key: np.random.Generator,
 ) -> dict[str, Any]:
     """The image part of a slot of a batch: some of the scene's images, padded to `count`.
@@ -177,27 +212,28 @@ def pad_images(
         keep: (n,) bool, the points that the slot has; None: all.
         points: capacity P of a slot.
         count: most images, I.
-        size: of all of them.
+        content: what is taken of each.
         key: draws which are taken, among those that see one of the points kept.
 
     Returns:
-        images (I, H, W, 3) uint8, pixels (P, I, 2) float32 of the points kept, image_count int32.
+        The array of the content (I, ...), pixels (P, I, 2) float32 of the points kept, image_count
+        int32.
 
     Raises:
         SceneError: for an image that cannot be used.
     """
     slot: dict[str, Any] = {
-        "images": np.zeros((count, *size, 3), np.uint8),
+        content.name: np.zeros((count, *content.shape), content.dtype),
         "pixels": np.full((points, count, 2), -1, np.float32),
     }
     taken = 0
     for image in key.permutation(0 if images is None else len(images)):
         if images is None or taken == count:
             break
-        sight = images.sight(int(image), size)
+        sight = images.sight(int(image), content.size)
         pixels = sight.pixels if keep is None else sight.pixels[keep]
         if (pixels >= 0).any():
-            slot["images"][taken] = sight.read()
+            slot[content.name][taken] = sight.read()
             slot["pixels"][: len(pixels), taken] = pixels
             taken += 1
     return slot | {"image_count": np.int32(taken)}

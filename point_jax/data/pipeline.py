@@ -17,7 +17,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from point_jax import limits
-from point_jax.data.images import IMAGE_LIMITS, Images, Size, default_images, pad_images
+from point_jax.data.images import (
+    IMAGE_LIMITS,
+    Images,
+    Size,
+    default_images,
+    pad_images,
+    pixel_content,
+)
 from point_jax.data.scenes import Scene, SceneError
 from point_jax.data.sources import (
     Source,
@@ -25,6 +32,7 @@ from point_jax.data.sources import (
     first_scenes,
     images_indexed,
     load_indexed,
+    with_features,
 )
 
 _SHUFFLE, _CUT, _IMAGES = 0, 1, 2  # what a key derived from the run's seed is for
@@ -171,8 +179,10 @@ def make_batches(
         share of the scene's points that did not fit, scene (B,) int32 index among all sources'
         scenes; with `data.images.count` I > 0 also images (B, I, H, W, 3) uint8, pixels (B, P, I,
         2) float32, the place of each point in each image as `data.images` defines it, and
-        image_count (B,) int32, 0 for a scene without images. A scene that cannot be used has count
-        0 with `skip_bad`, else the iterator raises its SceneError.
+        image_count (B,) int32, 0 for a scene without images. With `data.images.features` in place
+        of images features (B, I, h, w, C) float16, and places in pixels of what was encoded. A
+        scene that cannot be used has count 0 with `skip_bad`, else the iterator raises its
+        SceneError.
 
     Raises:
         ValueError: for a batch that the processes cannot share, or a wrong source.
@@ -185,9 +195,12 @@ def make_batches(
         )
     limits.check(data, DATA_LIMITS, "config.data.")
     limits.check(data.images, IMAGE_LIMITS, "config.data.images.")
-    size = Size(data.images.height, data.images.width)
     local = global_batch // process_count
     sources = build_sources(data.sources)
+    content = pixel_content(Size(data.images.height, data.images.width))
+    if data.images.features:
+        sources, stored = with_features(sources, data.images.features)
+        content = stored.content
     stream = scene_stream(sources, seed)
 
     @functools.lru_cache(maxsize=data.cache)
@@ -222,7 +235,7 @@ def make_batches(
         filled = pad_scene(scene, points, keep) | {"scene": np.int32(index)}
         if data.images.count:
             key = np.random.default_rng((seed, _IMAGES, position))
-            filled |= pad_images(images, keep, points, data.images.count, size, key)
+            filled |= pad_images(images, keep, points, data.images.count, content, key)
         return filled
 
     options = grain.ReadOptions(

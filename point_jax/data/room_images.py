@@ -20,6 +20,9 @@ class RoomImages:
     def __len__(self) -> int:
         return self._spec.frames
 
+    def file(self, image: int) -> None:
+        """See `images.Images`: it is rendered."""
+
     @functools.cached_property
     def _posed(self) -> tuple[Room, np.ndarray]:
         room = build_room(self._seed)

@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from point_jax import limits
+from point_jax.data.image_features import FeatureImages, FeatureSpec, ImageFeatures
 from point_jax.data.images import Images
 from point_jax.data.room_images import RoomImages
 from point_jax.data.rooms import RoomSpec, make_room
@@ -36,12 +38,14 @@ class Source:
         weight: share of the stream, relative to the other sources' weights.
         images: (index, the scene that `load` gave) -> its images, None if it has none; raises
             SceneError.
+        root: folder of the data set; None for scenes that are made on the fly.
     """
 
     size: int
     load: Callable[[int], Scene]
     weight: float = 1.0
     images: Callable[[int, Scene], Images | None] = lambda index, scene: None
+    root: Path | None = None
 
 
 def folder_source(
@@ -55,7 +59,7 @@ def folder_source(
 ) -> Source:
     """The scene folders of `root`; see `point_jax.data.scenes.Dataset` for the arguments."""
     dataset = Dataset(root, splits, units, up, segment or None, image_splits)
-    return Source(len(dataset), dataset.load, weight, dataset.images)
+    return Source(len(dataset), dataset.load, weight, dataset.images, dataset.root)
 
 
 def rooms_source(
@@ -125,6 +129,47 @@ def _build_source(entry: Mapping[str, Any]) -> Source:
             raise ValueError(f"a {kind} source needs {name!r}, got {dict(entry)}")
     limits.check(arguments, SOURCE_LIMITS)
     return factory(**arguments)
+
+
+def with_features(sources: Sequence[Source], name: str) -> tuple[list[Source], FeatureSpec]:
+    """The same sources, whose images give their stored features in place of pixels.
+
+    Args:
+        sources: of scenes with image files.
+        name: that the features have in every data set.
+
+    Returns:
+        The sources, and what the features are.
+
+    Raises:
+        ValueError: a source without files, or two with different features.
+        SceneError: a data set without these features.
+    """
+    place = f"config.data.images.features={name!r}"
+    found, specs = [], []
+    for index, source in enumerate(sources):
+        if source.root is None:
+            raise ValueError(
+                f"{place}: config.data.sources[{index}] renders its images; only those of kind "
+                "'folder' have stored features"
+            )
+        features = ImageFeatures(source.root, name)
+        specs.append(features.spec)
+        if different := features.spec.differences(specs[0]):
+            raise ValueError(
+                f"{place}: {features.folder} and those of config.data.sources[0] differ: "
+                f"{different}"
+            )
+        found.append(_featured(source, features))
+    return found, specs[0]
+
+
+def _featured(source: Source, features: ImageFeatures) -> Source:
+    def images(index: int, scene: Scene) -> Images | None:
+        there = source.images(index, scene)
+        return None if there is None else FeatureImages(there, features)
+
+    return dataclasses.replace(source, images=images)
 
 
 def load_indexed(sources: Sequence[Source], scene: int) -> Scene:

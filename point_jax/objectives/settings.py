@@ -13,12 +13,13 @@ from point_jax import limits
 from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
 from point_jax.data.image_augment import ImageSpec
+from point_jax.data.image_features import FOLDER, FeatureSpec
 from point_jax.data.views import ViewSpec
 from point_jax.models.image_encoder import NetworkEncoder
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.models.vgg import VGGSpec
-from point_jax.objectives.concerto import Concerto, ConcertoSpec
-from point_jax.objectives.images import EncodedImages
+from point_jax.objectives.concerto import Concerto, ConcertoSpec, ImageBranch
+from point_jax.objectives.images import EncodedImages, StoredImages
 from point_jax.objectives.labelled import CropSpec
 from point_jax.objectives.segmentation import (
     Divide,
@@ -81,7 +82,12 @@ def default_objective() -> ConfigDict:
 
 
 def default_images() -> ConfigDict:
-    """The section `images` of a joint objective; see `ImageSpec` and `ConcertoSpec`."""
+    """The section `images` of a joint objective; see `ImageSpec` and `ConcertoSpec`.
+
+    Where batches have stored features (`data.images.features`) there is no encoder and nothing is
+    augmented: `encoder`, `layers`, `dtype` and `augment` are for images that are encoded in the
+    step.
+    """
     images = ConfigDict()
     images.encoder = ""  # folder that launch.convert wrote; "": an untrained network, to try out
     images.layers = ()  # of VGG16: which layers' features; (): conv4_3
@@ -169,8 +175,24 @@ def make_sonata(config: Any) -> Sonata:
     return Sonata(sonata_spec(config))
 
 
-def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
+def make_concerto(config: Any, images: ImageBranch) -> Concerto:
     """The Concerto objective of a config: Sonata's sections and `images`.
+
+    Args:
+      config: the whole config.
+      images: from `encoded_images` or `stored_images`.
+
+    Raises:
+      ValueError: a value that does not fit, and which.
+    """
+    points = replace(sonata_spec(config), shared_head=True)
+    with _errors_say("config.images."):
+        spec = ConcertoSpec(points, config.images.up_cast, config.images.weight)
+        return Concerto(spec, images)
+
+
+def encoded_images(config: Any, encoder: NetworkEncoder | None) -> EncodedImages:
+    """Images that are encoded in the step, as the section `images` of a config says.
 
     Args:
       config: the whole config.
@@ -179,7 +201,6 @@ def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
     Raises:
       ValueError: a value that does not fit, and which.
     """
-    points = replace(sonata_spec(config), shared_head=True)
     images = _tuples(config.images.to_dict())
     encoder = encoder or NetworkEncoder(UNTRAINED)
     with _errors_say("config.images.augment.color."):
@@ -187,8 +208,37 @@ def make_concerto(config: Any, encoder: NetworkEncoder | None) -> Concerto:
     with _errors_say("config.images."):
         size = images["height"], images["width"]
         spec = ImageSpec(*size, encoder.stride, **_tuples(images["augment"]))
-        concerto = ConcertoSpec(points, images["up_cast"], images["weight"])
-        return Concerto(concerto, EncodedImages(encoder, spec))
+        return EncodedImages(encoder, spec)
+
+
+def stored_images(config: Any, features: FeatureSpec) -> StoredImages:
+    """Features that batches have in place of images.
+
+    Args:
+      config: the whole config.
+      features: what they are.
+
+    Raises:
+      ValueError: what the config says of images does not fit them.
+    """
+    name, images = config.data.images.features, config.images
+    place = f"config.data.images.features={name!r}"
+    if images.encoder or images.layers:
+        key = "encoder" if images.encoder else "layers"
+        raise ValueError(
+            f"{place} and config.images.{key}={images[key]!r} are both given: images are encoded "
+            "in the step, or their features come with the scenes; leave one out"
+        )
+    if config.data.images.count == 0:
+        raise ValueError(f"{place}, but config.data.images.count is 0: no image is taken")
+    grid = features.height, features.width
+    if (images.height, images.width) != grid:
+        raise ValueError(
+            f"config.images.height and width are {images.height} x {images.width} patches, but "
+            f"{FOLDER}/{name} has features of {grid[0]} x {grid[1]}: set them to these, or make "
+            "others with data_prep.image_features"
+        )
+    return StoredImages(features)
 
 
 def sonata_spec(config: Any) -> SonataSpec:
