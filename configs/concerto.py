@@ -13,9 +13,10 @@ Sizes:
   small  38.7 M parameters, batch 16, 20,000 steps, images of 24 x 32 patches. Not yet run.
   tiny   3.8 M parameters, batch 2, 1,000 steps, 15 x 20 patches of 16 pixels: a laptop's CPU.
 
-Scenes carry images as docs/data.md says; those without train on their points alone. Without
---config.images.encoder an untrained convolutional network of 16-pixel patches looks at the images:
-to try things out, not to learn from. Start from a Sonata run with --config.init_from=RUN.
+Scenes carry images as docs/data.md says; those without train on their points alone. With
+--config.images.encoder=untrained, tiny's default, a convolutional network of 16-pixel patches that
+has learned nothing looks at the images: to try things out. Start from a Sonata run with
+--config.init_from=RUN.
 """
 
 from configs import sonata
@@ -59,6 +60,7 @@ def _small(config: Config) -> None:
 
 
 def _tiny(config: Config) -> None:
+    config.images.encoder = "untrained"
     config.data.images.count = 2
     config.data.images.height, config.data.images.width = 240, 320
     config.images.height, config.images.width = 15, 20

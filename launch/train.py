@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from launch import command
@@ -28,6 +27,8 @@ from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.interop.initial import initial_weights
 from point_jax.objectives.concerto import Concerto, ImageBranch
 from point_jax.objectives.settings import (
+    DTYPES,
+    NO_WEIGHTS,
     encoded_images,
     make_concerto,
     make_sonata,
@@ -103,8 +104,19 @@ def image_branch(config: config_lib.Config) -> tuple[ImageBranch, Any]:
         _, spec = with_features(build_sources(config.data.sources), features)
         return stored_images(config, spec), None
     if not images.encoder:
+        raise ValueError(
+            "config.images.encoder is empty: give a folder that launch.convert wrote of an image "
+            f"encoder, or {NO_WEIGHTS!r} to try things out"
+        )
+    if images.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
+    layers = tuple(images.layers) or None
+    if images.encoder == NO_WEIGHTS:
+        if layers:
+            raise ValueError(f"config.images.layers is for VGG16, not for {NO_WEIGHTS!r}")
         return encoded_images(config, None), None
-    dtype, layers = jnp.dtype(images.dtype), tuple(images.layers) or None
+    dtype = DTYPES[images.dtype]
     encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
     return encoded_images(config, encoder), params
 

@@ -1,5 +1,8 @@
 """Concerto equals the original, and what its image side is by definition."""
 
+import shutil
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +10,24 @@ import pytest
 from golden import load
 from golden_step import GoldenStep, golden_network, run_step, weights_of
 from jax.sharding import Mesh
-from small import Step, small_batch, small_config
+from small import Step, put_batch, schedule, small_batch, small_config
 from test_ptv3 import close
 
+import point_jax
 from configs import concerto
+from launch import command, train
 from point_jax.data.views import ViewSpec
 from point_jax.interop.pointcept import to_state_dict
+from point_jax.interop.store import Weights, save_weights
+from point_jax.interop.workdir import read_workdir
+from point_jax.models.image_encoder import NetworkEncoder
+from point_jax.models.vgg import VGGSpec
 from point_jax.objectives.concerto import Concerto, ConcertoRow, ConcertoSpec
 from point_jax.objectives.rows import LOSSES
 from point_jax.objectives.settings import encoded_images, make_concerto
 from point_jax.objectives.sonata import SonataSpec
+from point_jax.training.checkpoint import load_weights
+from point_jax.training.metrics import read_metrics
 
 HEIGHT, WIDTH, CHANNELS, IMAGES = 4, 5, 24, 3
 
@@ -182,8 +193,6 @@ def test_what_no_image_sees_is_learned_from_points_alone(step):
 
 def test_the_image_loss_falls_when_the_same_scenes_come_again(step):
     state, batch, key = step.make(), batch_of(), step.key
-    from small import put_batch, schedule
-
     losses = []
     for _ in range(12):
         placed = put_batch(step.mesh, batch, 2)
@@ -204,3 +213,66 @@ def test_one_device_and_two_give_the_same_step():
         np.testing.assert_allclose(value, one[name], rtol=2e-5, atol=1e-6, err_msg=name)
     for x, y in zip(*map(jax.tree.leaves, (two_state["mu"], one_state["mu"])), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * max(1e-3, np.abs(y).max()))
+
+
+# ---- The command.
+
+
+def get_config():
+    """For `--config=tests/test_concerto.py`: two steps on tiny rooms and their views."""
+    config = config_of()
+    config.train.batch, config.train.steps, config.train.log_every = 2, 2, 1
+    config.checkpoint.every = 1
+    spec = {"frames": 3, "width": 48, "height": 32, "voxel": 0.1}
+    config.data.sources = ({"kind": "rooms", "seeds": (0, 4), "spec": spec},)
+    config.data.held_out.scenes = 0
+    return config
+
+
+def test_a_run_has_its_encoder_s_weights_goes_on_alike_and_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    vgg = NetworkEncoder(VGGSpec())
+    weights = jax.tree.map(np.asarray, vgg.init(jax.random.key(1)))
+    encoder = tmp_path / "vgg16"
+    save_weights(encoder, Weights("image_encoder", "vgg16", {}, {"image_encoder": weights}))
+
+    def start(workdir):
+        argv = ["train", "--config=tests/test_concerto.py", f"--workdir={workdir}"]
+        argv += [f"--config.images.encoder={encoder}", "--config.images.layers=('conv5_3',)"]
+        return command.run(train.main, argv, None)
+
+    def digest(workdir):
+        return read_metrics(workdir)[-1]["params_digest"]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert start(whole) == 0
+    # As if it had been killed after its first step.
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "2")
+    lines = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text(lines[0])
+    assert start(broken) == 0 and digest(broken) == digest(whole)
+    assert read_metrics(whole)[0]["image_patches"] > 0
+    # The teacher has the weights that were given; features come from the points alone.
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    objective = train.make_objective(get_config_with(encoder))[0]
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))
+    template = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes
+    )
+    student, teacher = (
+        load_weights(whole, {part: tree})[part]
+        for part, tree in zip(("student", "teacher"), template, strict=True)
+    )
+    jax.tree.map(np.testing.assert_array_equal, teacher["image"], weights)
+    read = read_workdir(whole)
+    assert set(read.params["teacher"]) == {"backbone", "mask_head", "unmask_head"}
+    kernel = read.extra["patch_proj.weight"].T
+    np.testing.assert_array_equal(kernel, student["patch_proj"]["kernel"])
+    assert point_jax.load(whole).grid_size == 0.1
+
+
+def get_config_with(encoder):
+    config = get_config()
+    config.images.encoder, config.images.layers = str(encoder), ("conv5_3",)
+    return config

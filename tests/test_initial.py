@@ -69,3 +69,33 @@ def test_weights_of_another_network_are_named(tmp_path):
         initial_weights(tmp_path / "head", template())
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         initial_weights(tmp_path / "nowhere", template())
+
+
+def test_what_a_source_lacks_starts_afresh_only_where_that_is_allowed(tmp_path):
+    """Concerto starts from Sonata; its own projection comes along when it is there."""
+    trees = {"student": filled(0), "teacher": filled(100)}
+    save_weights(tmp_path / "sonata", Weights("pretraining", VARIANT, CONFIG, trees))
+    weight, bias = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(2, np.float32)
+    carried = {"patch_proj.weight": weight, "patch_proj.bias": bias}
+    save_weights(tmp_path / "joint", Weights("pretraining", VARIANT, CONFIG, trees, carried))
+    wanted = template()
+    here = SingleDeviceSharding(jax.devices()[0])
+
+    def shape(*size):
+        return jax.ShapeDtypeStruct(size, np.float32, sharding=here)
+
+    wanted["student"] = wanted["student"] | {
+        "patch_proj": {"kernel": shape(3, 2), "bias": shape(2)}
+    }
+    wanted["teacher"] = wanted["teacher"] | {"image": {"kernel": shape(4)}}
+    with pytest.raises(CheckpointError, match="missing student.patch_proj.bias"):
+        initial_weights(tmp_path / "sonata", wanted)
+    optional = ("patch_proj", "image")
+    got = initial_weights(tmp_path / "sonata", wanted, optional)
+    jax.tree.map(np.testing.assert_array_equal, got, trees)
+    got = initial_weights(tmp_path / "joint", wanted, optional)
+    np.testing.assert_array_equal(got["student"].pop("patch_proj")["kernel"], weight.T)
+    jax.tree.map(np.testing.assert_array_equal, got, trees)
+    # And Sonata starts from Concerto without it.
+    got = initial_weights(tmp_path / "joint", template())
+    jax.tree.map(np.testing.assert_array_equal, got, trees)

@@ -201,7 +201,7 @@ def gathered(data, classes, weights):
 
 @settings(deadline=None, max_examples=30)
 @given(seeds, st.sampled_from(PENALTIES))
-def test_the_fitted_is_the_ridge_of_the_definition(seed, penalty):
+def test_the_closed_form_is_the_ridge_of_the_definition(seed, penalty):
     data, weights = blobs(seed), np.random.default_rng(seed).uniform(0.1, 3, 3)
     kernel, bias = solve(gathered(data, 3, weights), penalty)
     want_kernel, want_bias = slow_ridge(data.pieces, 3, weights, penalty)

@@ -1,8 +1,10 @@
-"""The linear probe at its optimum: multinomial logistic regression by L-BFGS.
+"""The linear probe near its optimum: multinomial logistic regression by L-BFGS.
 
 What a linear layer learns in a few hundred steps of SGD depends on its learning rate, and raw input
-needs another one than features do. This loss is convex: everybody gets the best layer that there
-is, floors too, and nothing is tuned but the penalty, on training scenes held out.
+needs another one than features do. This loss is convex: everybody gets close to the best layer that
+there is, floors too, and nothing is tuned but the penalty, on training scenes held out. With the
+weakest penalty the steps end before the optimum, where predictions have long settled: on correlated
+features (6,000 x 200, 8 classes) less than 1 % of them differ from the optimum's.
 """
 
 from collections.abc import Sequence

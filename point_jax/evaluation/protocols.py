@@ -40,7 +40,7 @@ from point_jax.training.step import make_train_step
 FITTED = ("ridge", "knn", "logistic")
 TRAINED = tuple(PROTOCOLS)
 SCRATCH = "scratch"
-FLOORS_OF_TRAINED = "logistic"  # the best linear layer there is, so that no floor is too low
+FLOORS_OF_TRAINED = "logistic"  # close to the best linear layer, so that no floor is too low
 
 
 @dataclass(frozen=True)

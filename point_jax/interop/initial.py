@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from point_jax.interop.store import MANIFEST, load_weights
+from point_jax.interop.store import MANIFEST, Weights, load_weights
 from point_jax.training import checkpoint
 from point_jax.training.checkpoint import CheckpointError
 
@@ -37,7 +38,8 @@ def initial_weights(
         return checkpoint.load_weights(source, wanted)
     weights = load_weights(source)
     if weights.kind == "pretraining":
-        given, wanted = weights.params, _without_new(template, weights.params, optional)
+        given = _with_projection(weights, template)
+        wanted = _without_new(template, given, optional)
     elif "backbone" in weights.params:
         encoder = {"backbone": weights.params["backbone"]}
         given = dict.fromkeys(template, encoder)
@@ -60,3 +62,12 @@ def _without_new(
         }
         for part, tree in template.items()
     }
+
+
+def _with_projection(weights: Weights, template: Mapping[str, Tree]) -> dict[str, Tree]:
+    """A pretraining's trees, with Concerto's projection if it was carried along and is wanted."""
+    kernel, bias = (weights.extra.get(f"patch_proj.{name}") for name in ("weight", "bias"))
+    if kernel is None or bias is None or "patch_proj" not in template["student"]:
+        return dict(weights.params)
+    projection = {"kernel": np.ascontiguousarray(kernel.T), "bias": bias}
+    return weights.params | {"student": weights.params["student"] | {"patch_proj": projection}}

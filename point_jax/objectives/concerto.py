@@ -24,8 +24,8 @@ from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shi
 SCALE = 10.0  # of the loss, the original's
 
 CONCERTO_LIMITS = {
-    "image_up_cast": limits.whole(0),
-    "image_weight": limits.number(above=0),
+    "up_cast": limits.whole(0),
+    "weight": limits.number(above=0),
 }
 
 
@@ -35,22 +35,21 @@ class ConcertoSpec:
 
     Attributes:
       points: the point losses, with weights 1/8, 1/8 and 2/8, and one head of the teacher for all.
-      image_up_cast: levels that the coarsest features are carried up before they are averaged over
+      up_cast: levels that the coarsest features are carried up before they are averaged over
         patches.
-      image_weight: of the image loss.
+      weight: of the image loss.
     """
 
     points: SonataSpec
-    image_up_cast: int = 3
-    image_weight: float = 4 / 8
+    up_cast: int = 3
+    weight: float = 4 / 8
 
     def __post_init__(self) -> None:
         limits.check(vars(self), CONCERTO_LIMITS)
         levels = len(self.points.network.encoder)
-        if not self.image_up_cast < levels:
+        if not self.up_cast < levels:
             raise ValueError(
-                f"image_up_cast is {self.image_up_cast}, expected 0 to {levels - 1} for "
-                f"{levels} levels"
+                f"up_cast is {self.up_cast}, expected 0 to {levels - 1} for {levels} levels"
             )
 
 
@@ -131,7 +130,7 @@ class Concerto:
     def __init__(self, spec: ConcertoSpec, images: ImageBranch):
         self.spec, self.images = spec, images
         self.points = Sonata(spec.points)
-        self._level = -1 - spec.image_up_cast
+        self._level = -1 - spec.up_cast
         self._patches = images.height * images.width
         stages = spec.points.network.encoder[self._level :]
         self._inputs = sum(stage.channels for stage in stages)
@@ -170,7 +169,7 @@ class Concerto:
         first = masked.hierarchy[0]
         major = (first.valid & (first.cloud == 0))[:, None, None]
         places = jnp.where(major, jnp.take(places, masked.source, axis=0, mode="clip"), -1.0)
-        for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.image_up_cast]:
+        for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.up_cast]:
             places = pool_places(places, level.first_child)
         return patch_of(places, self.images.height, self.images.width)
 
@@ -225,13 +224,13 @@ class Concerto:
         x = up_cast(levels, hierarchy, self.spec.points.up_cast)
         values, stats = self.points.compare(student, x, piece.points, shared["points"], schedule)
         with jax.named_scope("images"):
-            carried = up_cast(levels, hierarchy, self.spec.image_up_cast)
+            carried = up_cast(levels, hierarchy, self.spec.up_cast)
             summed, hit = self._image_loss(student["patch_proj"], carried, piece, shared)
         some = shared["patches"] > 0
         # A batch's loss is a sum over its scenes, this one a sum over its patches.
         image = summed * shared["scenes"] / jnp.maximum(shared["patches"], 1.0)
         total = (jnp.array(self.spec.points.weights) * values).sum()
-        total = total + self.spec.image_weight * jnp.where(some, image, values.mean())
+        total = total + self.spec.weight * jnp.where(some, image, values.mean())
         stats |= jax.lax.stop_gradient({"image": {"loss": summed, "patches": hit}})
         return total, (piece.points.scenes, stats)
 
@@ -261,7 +260,7 @@ class Concerto:
         others = sum(out[f"{name}_loss"] for name in LOSSES) / len(LOSSES)
         mean = stats["image"]["loss"] / jnp.maximum(hit, 1.0)
         out["image_loss"] = jnp.where(hit > 0, mean, others)
-        out["loss"] = out["loss"] + self.spec.image_weight * out["image_loss"]
+        out["loss"] = out["loss"] + self.spec.weight * out["image_loss"]
         scenes = jnp.maximum(stats["rows"], 1.0)
         out["image_patches"] = hit / scenes
         out["image_pairs"] = stats["image_pairs"] / scenes

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from point_jax import limits
 from point_jax.data.augment import GeometrySpec
 from point_jax.data.color import ColorSpec
-from point_jax.data.image_augment import ImageSpec
+from point_jax.data.image_augment import IMAGE_SPEC_LIMITS, ImageSpec
 from point_jax.data.image_features import FOLDER, FeatureSpec
 from point_jax.data.views import ViewSpec
 from point_jax.models.image_encoder import NetworkEncoder
@@ -34,8 +34,8 @@ from point_jax.objectives.sonata import Sonata, SonataSpec
 from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-# Looks at images where no image encoder is given.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+NO_WEIGHTS = "untrained"  # the image encoder that has learned nothing:
 UNTRAINED = VGGSpec(("conv5_3",), (8, 16, 32, 48, 64))
 _LISTS = ("depths", "channels", "heads")  # with an entry for each level
 
@@ -89,7 +89,7 @@ def default_images() -> ConfigDict:
     step.
     """
     images = ConfigDict()
-    images.encoder = ""  # folder that launch.convert wrote; "": an untrained network, to try out
+    images.encoder = ""  # folder that launch.convert wrote; or "untrained", to try things out
     images.layers = ()  # of VGG16: which layers' features; (): conv4_3
     images.dtype = "float32"  # of the encoder's arithmetic; or bfloat16
     images.up_cast = 3  # levels that points' features are carried up before they meet patches
@@ -136,9 +136,9 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     lists = {name: tuple(network[name]) for name in _LISTS}
     if len({len(values) for values in lists.values()}) != 1:
         raise ValueError(f"{place}depths, channels and heads need one length, got {lists}")
-    if network["dtype"] not in _DTYPES:
+    if network["dtype"] not in DTYPES:
         raise ValueError(
-            f"{place}dtype is {network['dtype']!r}, expected one of {', '.join(_DTYPES)}"
+            f"{place}dtype is {network['dtype']!r}, expected one of {', '.join(DTYPES)}"
         )
     rotary = None
     if network["rotary_base"]:
@@ -161,7 +161,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
             norm=network["norm"],
             pooling=network["pooling"],
             rotary=rotary,
-            dtype=_DTYPES[network["dtype"]],
+            dtype=DTYPES[network["dtype"]],
             remat=network["remat"],
         )
 
@@ -172,6 +172,13 @@ def make_sonata(config: Any) -> Sonata:
     Raises:
       ValueError: a value that does not fit, and which.
     """
+    if "images" in config:
+        raise ValueError("the config has a section images: it is Concerto's, not Sonata's")
+    if config.data.get("images", {}).get("count", 0):
+        raise ValueError(
+            "config.data.images.count is above 0, but Sonata looks at no image; take "
+            "configs/concerto.py, or set it to 0"
+        )
     return Sonata(sonata_spec(config))
 
 
@@ -201,14 +208,21 @@ def encoded_images(config: Any, encoder: NetworkEncoder | None) -> EncodedImages
     Raises:
       ValueError: a value that does not fit, and which.
     """
-    images = _tuples(config.images.to_dict())
+    images = config.images
+    if config.data.images.count == 0:
+        raise ValueError(
+            "config.data.images.count is 0: no image is taken; give the most images of a scene"
+        )
     encoder = encoder or NetworkEncoder(UNTRAINED)
-    with _errors_say("config.images.augment.color."):
-        images["augment"]["color"] = ColorSpec(**images["augment"]["color"])
+    size = {"height": images.height, "width": images.width}
+    augment = _tuples(images.augment.to_dict())
     with _errors_say("config.images."):
-        size = images["height"], images["width"]
-        spec = ImageSpec(*size, encoder.stride, **_tuples(images["augment"]))
-        return EncodedImages(encoder, spec)
+        limits.check(size, IMAGE_SPEC_LIMITS)
+    with _errors_say("config.images.augment.color."):
+        augment["color"] = ColorSpec(**augment["color"])
+    with _errors_say("config.images.augment."):
+        spec = ImageSpec(**size, stride=encoder.stride, **augment)
+    return EncodedImages(encoder, spec)
 
 
 def stored_images(config: Any, features: FeatureSpec) -> StoredImages:
@@ -223,8 +237,9 @@ def stored_images(config: Any, features: FeatureSpec) -> StoredImages:
     """
     name, images = config.data.images.features, config.images
     place = f"config.data.images.features={name!r}"
-    if images.encoder or images.layers:
-        key = "encoder" if images.encoder else "layers"
+    encoder = images.encoder not in ("", NO_WEIGHTS)
+    if encoder or images.layers:
+        key = "encoder" if encoder else "layers"
         raise ValueError(
             f"{place} and config.images.{key}={images[key]!r} are both given: images are encoded "
             "in the step, or their features come with the scenes; leave one out"
