@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from configs import sonata
 from point_jax.data.pipeline import default_data
 from point_jax.evaluation.classes import S3DIS_AREAS
+from point_jax.evaluation.lifting import default_lifting
 from point_jax.evaluation.protocols import FITTED, TRAINED
 from point_jax.objectives.settings import default_crops, default_decoder, default_segmentation
 from point_jax.training.config import Config, default_config
@@ -62,6 +63,7 @@ def get_config(arg: str = "") -> Config:
     config.decoder = default_decoder()
     config.crops = default_crops()
     config.objective = default_segmentation()
+    config.images = default_lifting()  # of lifted image features
     config.data = default_data()
     with config.data.unlocked():
         del config.data.held_out

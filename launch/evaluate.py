@@ -4,9 +4,11 @@
         --config=configs/segmentation.py:data=rooms,protocol=linear,encoder=tiny
 
 --encoder is a run's folder, what launch.convert wrote, `random` (untrained), or `raw` (height,
-normal and colour, no network). The config's header lists data and protocols; --config.any.key=VALUE
-overrides a value. Trains what the protocol trains, in --workdir, where the same command goes on if
-it was stopped; then writes results.json and results.md there. Exit codes as of launch.train.
+normal and colour, no network). `lifted:weights/dinov2` is an image encoder that launch.convert
+wrote, its features lifted to the points that the scenes' images see; `runs/quickstart+lifted:DIR`
+joins both. The config's header lists data and protocols; --config.any.key=VALUE overrides a value.
+Trains what the protocol trains, in --workdir, where the same command goes on if it was stopped;
+then writes results.json and results.md there. Exit codes as of launch.train.
 
   --config.test.votes=True        also Pointcept's precise protocol: every point predicted, over
                                   rotations, scales and flips
@@ -14,6 +16,7 @@ it was stopped; then writes results.json and results.md there. Exit codes as of 
   --config.test.submission=True   also files for the ScanNet benchmark, in submission/
   --config.test.floors=False      without the rows of raw input and untrained encoder
   --config.labels.share=0.1       with a tenth of the labels
+  --config.images.height=37       of lifted images, in patches, and --config.images.width
 """
 
 import hashlib
@@ -27,7 +30,7 @@ import jax
 from launch import command
 from point_jax import limits
 from point_jax.data.scenes import Scene
-from point_jax.evaluation.candidates import Candidate, find, floors, untrained
+from point_jax.evaluation.candidates import Candidate, find, floors, parse, untrained
 from point_jax.evaluation.features import Extractor
 from point_jax.evaluation.labelled_scenes import (
     check_apart,
@@ -36,6 +39,7 @@ from point_jax.evaluation.labelled_scenes import (
     identities,
     labelled_scenes,
 )
+from point_jax.evaluation.lifting import unseen_share
 from point_jax.evaluation.modalities import thin_labels
 from point_jax.evaluation.predict import Predictor
 from point_jax.evaluation.protocols import (
@@ -44,6 +48,7 @@ from point_jax.evaluation.protocols import (
     SCRATCH,
     TRAINED,
     Stopped,
+    check_lifted,
     fitted,
     trained,
 )
@@ -68,7 +73,13 @@ NOT_SETTINGS = ("about", "seed", "protocol", "encoder", "init_from", "checkpoint
 class Evaluation:
     """One command: the scenes, and what is done with each candidate."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, images: bool = False):
+        """For a config of configs/segmentation.py.
+
+        Args:
+          config: as the command line left it.
+          images: whether image features are lifted, so that scenes must have images.
+        """
         self.config = config
         if "protocol" not in config:
             raise ConfigError("the config is none of configs/segmentation.py's: it has no protocol")
@@ -79,9 +90,11 @@ class Evaluation:
         for place, limit in SECTION_LIMITS.items():
             section, key = place.split(".")
             limits.check({key: config[section][key]}, {key: limit}, f"config.{section}.")
+        if images:
+            check_lifted(config.protocol, config.test.votes, config.test.robustness)
         train, test = config.data.sources, config.test.sources
-        self.train = labelled_scenes(train, "data.sources")
-        self.test = labelled_scenes(test, "test.sources")
+        self.train = labelled_scenes(train, "data.sources", images)
+        self.test = labelled_scenes(test, "test.sources", images)
         check_apart(train, test)
         self.classes = class_names((*train, *test), config.labels.classes)
         self.train = self.train.with_change(self.change)
@@ -118,10 +131,13 @@ class Evaluation:
         config = self.settled(candidate).to_dict()
         told = {name: part for name, part in config.items() if name not in NOT_SETTINGS}
         not_read = ("train", "optim", "crops", "objective", "decoder", "data")
-        for name in ("network", *(not_read if protocol in FITTED else ())):
+        for name in ("network", "images", *(not_read if protocol in FITTED else ())):
             told.pop(name, None)
-        if "data" in told:  # no protocol looks at images
+        if "data" in told:  # no protocol trains on images
             told["data"] = {name: part for name, part in told["data"].items() if name != "images"}
+        if candidate.lifted is not None:
+            lifted = candidate.lifted
+            told["images"] = repr((lifted.encoder, lifted.height, lifted.width))
         told |= {"network": repr(candidate.network), "grid_size": candidate.grid_size}
         told["scenes"] = identities(self.config.data.sources)
         return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()[:8]
@@ -166,9 +182,10 @@ class Evaluation:
             label_share=self.config.labels.share,
             train_steps=None if protocol in FITTED else self.config.train.steps,
             grid_size=candidate.grid_size,
-            tree=None if candidate.checkpoint is None else self.config.tree,
+            tree=self.config.tree if candidate.checkpoint and candidate.points else None,
             settings=self.digest(candidate, protocol),
             shortcut=self.shortcut(predict.extractor, candidate),
+            unseen=self.unseen(candidate),
         )
 
     def robustness(self, candidate: Candidate) -> Iterator[Condition]:
@@ -191,6 +208,12 @@ class Evaluation:
         pieces = surfaces(extractor, self.test, candidate.grid_size, seed=self.config.seed)
         return vars(measure_shortcut(pieces, seed=self.config.seed)).copy()
 
+    def unseen(self, candidate: Candidate) -> float | None:
+        """The share of the test scenes' voxels that no image sees; None if none is lifted."""
+        if candidate.lifted is None:
+            return None
+        return unseen_share(self.test, candidate.grid_size, candidate.lifted.size)
+
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates what the command line says; returns the exit code."""
@@ -209,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(config: Config, workdir: Path, name: str) -> int:
-    evaluation = Evaluation(config)
+    evaluation = Evaluation(config, images=parse(name).images is not None)
     candidate, protocol = find(name, config), config.protocol
     if protocol == SCRATCH:
         candidate = untrained(candidate)

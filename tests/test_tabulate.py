@@ -390,3 +390,20 @@ def test_names_keep_their_order_and_do_not_overlap(places):
     assert found[0] >= -1e-9 and found[-1] <= 100 + 1e-9
     if (np.diff(places) >= 8).all():
         np.testing.assert_allclose(found, places)
+
+
+def test_a_run_joined_with_image_features_is_told_as_the_run_is(tmp_path, capsys):
+    joined = "runs/a/checkpoints/400+lifted:weights/b"
+    points = result(400)
+    both = dataclasses.replace(points, encoder=joined, unseen=0.1)
+    image = dataclasses.replace(both, encoder="lifted:weights/b", checkpoint="weights/b")
+    for folder, one in (("image", image), ("points", points), ("both", both)):
+        write(tmp_path / folder, one)
+    assert run(tmp_path) == 0
+    table = capsys.readouterr().out
+    for name in ("lifted:weights/b", "runs/a+lifted:weights/b", "runs/a"):
+        assert table.count(f"| {name} |") == 2
+    assert "checkpoint" not in table and "- steps: 400" in table
+    edit(tmp_path / "both", lambda content: content.update(unseen=2))
+    assert run(tmp_path) == 1
+    assert "unseen is 2, expected a number from 0 to 1" in capsys.readouterr().err

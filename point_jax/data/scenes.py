@@ -51,6 +51,7 @@ class Scene:
         normal: (n, 3) float32, unit length, zero where unknown; or None.
         segment: (n,) int32 class ids, -1 = ignore; or None.
         instance: (n,) int32 instance ids, -1 = none; or None.
+        images: what sees its points; None where it has none, or where nobody asked for them.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Scene:
     normal: np.ndarray | None = None
     segment: np.ndarray | None = None
     instance: np.ndarray | None = None
+    images: Images | None = None
 
 
 class Dataset:

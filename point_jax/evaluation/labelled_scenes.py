@@ -1,5 +1,6 @@
 """Labelled scenes of a config's sources, loaded when they are asked for, and their classes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from point_jax.data import rooms
 from point_jax.data.frames import Frames, read_frames
 from point_jax.data.pipeline import Source, build_sources, load_indexed
 from point_jax.data.scenes import Dataset, Scene, SceneError, read_dataset_json
+from point_jax.data.sources import images_indexed
 from point_jax.evaluation.classes import S3DIS, SCANNET20, SCANNET200, Classes
 
 CLASSES = {
@@ -26,12 +28,16 @@ class LabelledScenes(Sequence[Scene]):
     Attributes:
       sources: from `build_sources`.
       change: what is done to every scene.
+      images: whether scenes come with their images.
     """
 
     def __init__(
-        self, sources: Sequence[Source], change: Callable[[Scene], Scene] = lambda scene: scene
+        self,
+        sources: Sequence[Source],
+        change: Callable[[Scene], Scene] = lambda scene: scene,
+        images: bool = False,
     ) -> None:
-        self.sources, self.change = sources, change
+        self.sources, self.change, self.images = sources, change, images
         self._load = functools.lru_cache(maxsize=KEPT)(self._fresh)
 
     def __len__(self) -> int:
@@ -50,19 +56,35 @@ class LabelledScenes(Sequence[Scene]):
 
     def with_change(self, change: Callable[[Scene], Scene]) -> "LabelledScenes":
         """The same scenes, changed once more."""
-        return LabelledScenes(self.sources, lambda scene: change(self.change(scene)))
+        return LabelledScenes(self.sources, lambda scene: change(self.change(scene)), self.images)
 
     def _fresh(self, index: int) -> Scene:
-        return self.change(load_indexed(self.sources, index))
+        scene = load_indexed(self.sources, index)
+        if self.images:
+            images = images_indexed(self.sources, index, scene)
+            if not images:
+                raise SceneError(
+                    f"{scene.name}: has no images, and features of images are to be lifted to its "
+                    "points; docs/data.md says how scenes carry images"
+                )
+            scene = dataclasses.replace(scene, images=images)
+        return self.change(scene)
 
 
-def labelled_scenes(entries: Sequence[Mapping[str, Any]], place: str) -> LabelledScenes:
+def labelled_scenes(
+    entries: Sequence[Mapping[str, Any]], place: str, images: bool = False
+) -> LabelledScenes:
     """The scenes that a config lists.
+
+    Args:
+      entries: the sources.
+      place: the key that lists them, for errors.
+      images: whether scenes come with their images; one that has none is then an error.
 
     Raises:
       ValueError, SceneError: see `build_sources`.
     """
-    return LabelledScenes(build_sources(entries, place))
+    return LabelledScenes(build_sources(entries, place), images=images)
 
 
 def check_labels(scene: Scene, classes: int) -> Scene:

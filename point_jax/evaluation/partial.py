@@ -104,7 +104,8 @@ def view(scene: Scene, frames: Frames, frame: int, axes: Axes = "scene") -> Scen
         for field in dataclasses.fields(scene)
         if isinstance(value := getattr(scene, field.name), np.ndarray)
     }
-    part = dataclasses.replace(scene, name=f"{scene.name}/{frame}", **parts)
+    # Images see the points of the whole scene, not of a part.
+    part = dataclasses.replace(scene, name=f"{scene.name}/{frame}", images=None, **parts)
     if axes == "scene":
         return part
     camera = decompose(frames.camera[frame])

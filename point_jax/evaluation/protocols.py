@@ -43,6 +43,33 @@ SCRATCH = "scratch"
 FLOORS_OF_TRAINED = "logistic"  # close to the best linear layer, so that no floor is too low
 
 
+def check_lifted(protocol: str, votes: bool, robustness: bool) -> None:
+    """Refuses what cannot be done with image features that are lifted to points.
+
+    Args:
+      protocol: of the evaluation.
+      votes, robustness: whether these are asked for, too.
+
+    Raises:
+      ValueError: says why not, and what to do.
+    """
+    if protocol not in FITTED:
+        raise ValueError(
+            f"protocol={protocol} trains on points alone, and lifted image features are frozen: "
+            f"expected one of {', '.join(FITTED)}; a linear probe of lifted features is logistic"
+        )
+    if votes:
+        raise ValueError(
+            "config.test.votes is True, but images do not turn, scale and flip with a scene, so "
+            "lifted image features cannot be voted on: leave it False"
+        )
+    if robustness:
+        raise ValueError(
+            "config.test.robustness is True, but images of a scene without colours or of a single "
+            "frame are still all its images: leave it False for lifted image features"
+        )
+
+
 @dataclass(frozen=True)
 class DecoderFeatures:
     """The finest features of a network with a decoder.

@@ -41,6 +41,7 @@ class Result:
       test_scenes: names of the scenes that the scores are of.
       shortcut: what height and normals alone explain of the features, see `shortcut`; None where
         not measured.
+      unseen: share of the test scenes' voxels that no image sees; None without lifted features.
     """
 
     encoder: str
@@ -59,6 +60,7 @@ class Result:
     tree: str | None = None
     settings: str | None = None
     shortcut: Mapping[str, float] | None = None
+    unseen: float | None = None
 
     def __post_init__(self) -> None:
         if HEADLINE not in self.scores or not set(self.scores) <= set(RESOLUTIONS):
@@ -155,6 +157,7 @@ def as_markdown(report: Report) -> str:
         "voxel: at the voxels; full: at every original point; voted: at every original point, "
         "summed over votes. Means are over the classes that occur in the labels.",
         "",
+        *_lifted(main),
         *markdown_table(*_results(rows)),
         "",
         "## IoU of each class, full",
@@ -194,7 +197,15 @@ def _entries(result: Result) -> dict[str, Any]:
         "train_scenes": list(result.train_scenes),
         "test_scenes": list(result.test_scenes),
         "shortcut": None if result.shortcut is None else dict(result.shortcut),
+        "unseen": result.unseen,
     }
+
+
+def _lifted(result: Result) -> list[str]:
+    if result.unseen is None:
+        return []
+    share = percent(result.unseen)
+    return [f"No image sees {share} of the voxels: they have the nearest seen one's features.", ""]
 
 
 def _condition(one: Condition) -> dict[str, Any]:

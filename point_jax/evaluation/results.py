@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from point_jax import limits
+from point_jax.evaluation.candidates import LIFTED
 from point_jax.evaluation.confusion import scores
 from point_jax.evaluation.report import HEADLINE, RESOLUTIONS
 from point_jax.training.checkpoint import FOLDER
@@ -38,6 +39,7 @@ _OPTIONAL = {
     "tree": limits.either(_TEXT, limits.NOTHING),
     "settings": limits.either(_TEXT, limits.NOTHING),
     "shortcut": limits.either(limits.MAPPING, limits.NOTHING),
+    "unseen": limits.either(limits.PROBABILITY, limits.NOTHING),
     "floors": limits.each(limits.MAPPING),
 }
 _SCORES = dict.fromkeys(MEANS, limits.PROBABILITY) | {"per_class": limits.MAPPING}
@@ -49,7 +51,8 @@ class Setting:
     """All that a results.json says of how a result came about, but for the seed.
 
     Attributes:
-      encoder: as in `Result`; of `<run>/checkpoints/<step>` the run, since `steps` says the rest.
+      encoder: as in `Result`; of `<run>/checkpoints/<step>`, joined with image features or not,
+        the run, since `steps` says the rest.
       checkpoint: likewise.
       config: without its protocol, which floors do not always share with the row they are beside.
       protocol, data, label_share, steps, train_steps, train_scenes, test_scenes, grid_size, tree,
@@ -256,9 +259,10 @@ def _run(name: str | None) -> str | None:
     """The run's folder of `<run>/checkpoints/<step>`; any other name as it is."""
     if name is None:
         return None
-    path = Path(name)
+    points, joined, images = name.partition(f"+{LIFTED}")
+    path = Path(points)
     numbered = path.parent.name == FOLDER and path.name.isdigit()
-    return str(path.parent.parent if numbered else path)
+    return f"{path.parent.parent if numbered else path}{joined}{images}"
 
 
 def _joined(one: Row, two: Row) -> Row:

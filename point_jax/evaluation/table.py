@@ -191,7 +191,7 @@ def _columns(settings: Sequence[Setting]) -> tuple[list[str], dict[str, str]]:
         values = {getattr(one, name) for one in settings}
         if name in columns or values <= {None, ()}:
             continue
-        if name == "checkpoint" and all(s.checkpoint in (None, s.encoder) for s in settings):
+        if name == "checkpoint" and all((s.checkpoint or "") in s.encoder for s in settings):
             continue
         if len(values) > 1:
             columns.append(name)

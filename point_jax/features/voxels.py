@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from point_jax.data.checks import SceneError, check_color, check_normal
+from point_jax.data.images import Images
 from point_jax.data.scenes import Scene
 
 Input = Literal["coord", "color", "normal"]
@@ -31,6 +32,7 @@ class Voxels(NamedTuple):
       mask: (V,) bool, voxels whose embedding is the mask token; None for none.
       points: (n, 3) the input points as given.
       inverse: (n,) int32, the voxel of each point.
+      images: what sees the n points; None for a scene without.
     """
 
     grid: np.ndarray
@@ -39,6 +41,7 @@ class Voxels(NamedTuple):
     mask: np.ndarray | None
     points: np.ndarray
     inverse: np.ndarray
+    images: Images | None = None
 
 
 def as_scene(cloud: Cloud, name: str) -> Scene:
@@ -128,6 +131,7 @@ def voxelize(
         None,
         scene.coord,
         inverse.reshape(-1).astype(np.int32),
+        scene.images,
     )
 
 

@@ -33,7 +33,8 @@ HARMLESS = (
 # Keys that older programs did not know, and the values that say what these did.
 ADDED = {"network.stem": "linear", "network.norm": "layer", "network.pooling": "grid"}
 ADDED |= {"data.images.count": 0, "data.images.height": 224, "data.images.width": 224}
-ADDED["data.images.features"] = ""
+ADDED |= {"data.images.features": "", "images.height": 30, "images.width": 40}
+ADDED |= {"images.dtype": "float32", "images.layers": []}
 
 OPTIONAL = ("schedule",)  # sections that only some objectives read
 
