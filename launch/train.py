@@ -34,7 +34,8 @@ from point_jax.objectives.settings import (
     make_sonata,
     stored_images,
 )
-from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, programs, schedules
 from point_jax.training.step import make_train_step

@@ -10,7 +10,8 @@ from point_jax.geometry.curves import curve_depth
 from point_jax.interop.pointcept import from_state_dict, to_state_dict
 from point_jax.interop.release import spec_of
 from point_jax.objectives.rows import LOSSES
-from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata_spec import SonataSpec
 
 CAPACITIES, CLOUDS = (1024, 768, 512, 128, 64), 4
 

@@ -25,7 +25,7 @@ from point_jax.models.vgg import VGGSpec
 from point_jax.objectives.concerto import Concerto, ConcertoRow, ConcertoSpec
 from point_jax.objectives.rows import LOSSES
 from point_jax.objectives.settings import encoded_images, make_concerto
-from point_jax.objectives.sonata import SonataSpec
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training.checkpoint import load_weights
 from point_jax.training.metrics import read_metrics
 

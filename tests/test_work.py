@@ -11,7 +11,7 @@ from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.geometry.patches import patches_used
 from point_jax.measure import work
 from point_jax.models.spec import PTv3Spec, StageSpec
-from point_jax.objectives.sonata import SonataSpec
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.ops import attention, conv_pairs
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import points_done

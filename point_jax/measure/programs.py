@@ -25,7 +25,8 @@ from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.rows import SIDES, student
-from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training.config import Config
 from point_jax.training.mesh import data_mesh, put_batch, replicated
 from point_jax.training.schedules import sonata_schedule

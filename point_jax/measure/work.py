@@ -21,7 +21,8 @@ import numpy as np
 from point_jax.geometry.neighbours import offsets
 from point_jax.geometry.patches import patch_shape, patches_used
 from point_jax.models.spec import PTv3Spec, StageSpec
-from point_jax.objectives.sonata import SINKHORN_STEPS, SonataSpec
+from point_jax.objectives.sonata import SINKHORN_STEPS
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.ops.attention import operations_done
 from point_jax.ops.conv_pairs import pairs_done
 from point_jax.ops.prototypes import points_done

@@ -18,7 +18,8 @@ from point_jax.models.functional import Params
 from point_jax.models.ptv3 import up_cast
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import LOSSES, Row, student
-from point_jax.objectives.sonata import Piece, Sonata, SonataSpec
+from point_jax.objectives.sonata import Piece, Sonata
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shifted_cosine
 
 SCALE = 10.0  # of the loss, the original's

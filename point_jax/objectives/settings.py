@@ -30,7 +30,8 @@ from point_jax.objectives.segmentation import (
     lora,
     only_head,
 )
-from point_jax.objectives.sonata import Sonata, SonataSpec
+from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")

@@ -7,105 +7,32 @@ student the nearest point of a teacher's view says to which prototypes it belong
 the global batch keeps the prototypes evenly used.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from point_jax import limits
-from point_jax.data.views import ViewSpec
 from point_jax.models.functional import Params, functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.models.ptv3 import PTv3, up_cast
-from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import (
     LOSSES,
     SIDES,
     Row,
-    RowMaker,
     Views,
     matched_per_view,
     side_of,
     student_level,
 )
+from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
 
 SINKHORN_STEPS = 3
 HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
-
-SONATA_LIMITS = {
-    "shares": limits.each(limits.number(above=0, most=1)),
-    "hidden": limits.whole(1),
-    "embed": limits.whole(1),
-    "prototypes": limits.whole(2),
-    "up_cast": limits.whole(0),
-    "weights": limits.each(limits.number(0), *LOSSES),
-    "mask_jitter": limits.number(0),
-    "student_temperature": limits.number(above=0),
-    "match_radius": limits.number(above=0),
-}
-
-
-@dataclass(frozen=True)
-class SonataSpec:
-    """The objective; the defaults are the original's.
-
-    Attributes:
-      network: the encoder.
-      views: how views are made.
-      shares: slots of each level of a row over the slots of its views; 1.0 at level 0 can never
-        overflow.
-      hidden, embed, prototypes: sizes of the heads.
-      up_cast: levels that the coarsest features are carried up before the heads.
-      weights: of the mask, roll and unmask losses.
-      mask_jitter: standard deviation of the jitter of masked points, metres.
-      student_temperature: of the student's softmax.
-      match_radius: farthest match, metres.
-      matched_views_only: leave views without any match out of the mean instead of counting 0.
-      shared_head: the teacher's mask head also gives the targets of the unmask loss (Concerto).
-    """
-
-    network: PTv3Spec
-    views: ViewSpec = field(default_factory=ViewSpec)
-    shares: tuple[float, ...] = (1.0, 0.5, 0.2, 0.06, 0.02)
-    hidden: int = 4096
-    embed: int = 256
-    prototypes: int = 4096
-    up_cast: int = 2
-    weights: tuple[float, float, float] = (2 / 8, 2 / 8, 4 / 8)
-    mask_jitter: float = 0.01
-    student_temperature: float = 0.1
-    match_radius: float = 0.32
-    matched_views_only: bool = False
-    shared_head: bool = False
-
-    def __post_init__(self) -> None:
-        limits.check(vars(self), SONATA_LIMITS)
-        levels = len(self.network.encoder)
-        if len(self.shares) != levels:
-            raise ValueError(
-                f"shares has {len(self.shares)} entries, the encoder {levels} levels: give one each"
-            )
-        if not 0 <= self.up_cast < levels:
-            raise ValueError(f"up_cast is {self.up_cast}, expected 0 to {levels - 1}")
-        if not sum(self.weights) > 0:
-            raise ValueError(f"weights is {self.weights}, expected one above 0")
-        if self.weights[1] > 0 and self.views.global_count < 2:
-            raise ValueError("weights[1], the roll loss, needs views.global_count of at least 2")
-        if self.views.local_count < 1:
-            raise ValueError("weights[2], the unmask loss, needs views.local_count of at least 1")
-
-    @property
-    def rows(self) -> RowMaker:
-        """What makes the rows."""
-        names = (field.name for field in dataclasses.fields(RowMaker))
-        return RowMaker(**{name: getattr(self, name) for name in names})
 
 
 class Piece(NamedTuple):
