@@ -15,7 +15,8 @@ Sizes:
 
 Scenes carry images as docs/data.md says; those without train on their points alone. Without
 --config.images.encoder an untrained convolutional network of 16-pixel patches looks at the images:
-to try things out, not to learn from. Start from a Sonata run with --config.init_from=RUN.
+to try things out, not to learn from. With --config.data.images.features=NAME batches have what
+data_prep.image_features has stored. Start from a Sonata run with --config.init_from=RUN.
 """
 
 from configs import sonata
