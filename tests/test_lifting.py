@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.ndimage import map_coordinates
 from test_evaluate import SPEC, run, sources
 
+from configs import segmentation
 from launch import command, tabulate
 from point_jax.data.checks import SceneError
 from point_jax.data.frames import Frames, write_frames
@@ -36,6 +37,7 @@ from point_jax.evaluation.voting import Vote, vote
 from point_jax.features.voxels import voxelize
 from point_jax.interop.image_encoders import to_image_encoder
 from point_jax.interop.store import save_weights
+from point_jax.training.config import ConfigError, compare_config, settle_config
 
 GRID = 0.25
 HEIGHT, WIDTH, STRIDE = 3, 4, 2  # patches, patches, pixels
@@ -330,3 +332,15 @@ def test_the_settings_say_how_large_images_are_and_are_locked(encoder):
     assert found.size == Size(30 * 4, 40 * 4) and found.channels == 24
     with pytest.raises(AttributeError, match="hight"):
         section.hight = 3
+
+
+def test_a_folder_from_before_there_were_lifted_features_goes_on(tmp_path):
+    config = segmentation.get_config("protocol=ridge,encoder=tiny")
+    settle_config(config, tmp_path)
+    old = read(tmp_path / "config.json")
+    del old["config"]["images"]
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert compare_config(config, tmp_path) == []
+    config.images.height = 37
+    with pytest.raises(ConfigError, match="images.height: 30 -> 37"):
+        compare_config(config, tmp_path)

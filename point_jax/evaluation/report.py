@@ -205,7 +205,10 @@ def _lifted(result: Result) -> list[str]:
     if result.unseen is None:
         return []
     share = percent(result.unseen)
-    return [f"No image sees {share} of the voxels: they have the nearest seen one's features.", ""]
+    return [
+        f"No image sees {share} % of the voxels: they have the nearest seen one's features.",
+        "",
+    ]
 
 
 def _condition(one: Condition) -> dict[str, Any]:
