@@ -192,7 +192,7 @@ def test_a_line_of_metrics_that_no_run_wrote(tmp_path, capsys):
 
 
 def test_a_config_that_takes_no_argument(tmp_path, capsys):
-    error = refused(tmp_path, capsys, config="--config=configs/quickstart.py:small")
+    error = refused(tmp_path, capsys, config="--config=tests/small.py:small")
     assert "takes no argument" in error
 
 

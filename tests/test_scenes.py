@@ -489,7 +489,8 @@ def test_what_the_page_about_data_shows_works(tmp_path, monkeypatch):
     config.data.sources = config.data.sources[::2]  # there is no scannet here
     assert [source.size for source in build_sources(config.data.sources)] == [1, 1000]
     exec(images, {"config": config})
-    assert config.data.images.to_dict() == {"count": 4, "height": 224, "width": 224}
+    images = {"count": 4, "height": 224, "width": 224, "features": ""}
+    assert config.data.images.to_dict() == images
     Path("scannet/splits").mkdir(parents=True)
     entry = {"pointclouds": "data/scannet/train/scene0000_00", "images": [], "correspondences": []}
     for split in ("train", "val"):
