@@ -46,8 +46,8 @@ def patch_of(places: jax.Array, height: int, width: int) -> jax.Array:
 def patch_means(x: jax.Array, patch: jax.Array, patches: int) -> tuple[jax.Array, jax.Array]:
     """Mean of the features of the points that each patch sees.
 
-    The transpose is a gather: a point gets the gradients of its patches. The sum itself is a scatter:
-    GPUs add up in no fixed order, so there the last bits may differ from run to run.
+    The transpose is a gather: a point gets the gradients of its patches. The sum is a scatter: GPUs
+    add up in no fixed order, so there the last bits may differ from run to run.
 
     Args:
       x: (N, C) float32.
