@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 from shared_files import shared
+from test_pipeline import assert_equal, take
 
 from data_prep import rgbd
 from data_prep.rooms import read_room
@@ -74,18 +74,6 @@ def config(root: Path, count: int = 3, **changes) -> ConfigDict:
     data.images.update(count=count, height=HEIGHT, width=WIDTH)
     data.update(changes)
     return data
-
-
-def take(batches, count: int) -> list[dict[str, np.ndarray]]:
-    taken = list(itertools.islice(batches, count))
-    batches.close()
-    return taken
-
-
-def assert_equal(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 # Batches

@@ -5,9 +5,11 @@ project uses, or raises a `SceneError` that says which file, what is wrong and w
 """
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -212,3 +214,25 @@ def check_labels(array: np.ndarray, file: Path, classes: Sequence[str] | None) -
             f"{file}: ids from {low} to {high}, expected -1 to {end - 1}{known}; -1 means none"
         )
     return array.astype(np.int32)
+
+
+def read_stated(file: Path, form: str, version: int) -> dict[str, Any]:
+    """Reads a JSON object that states its `format` and `version`.
+
+    Args:
+        file: of UTF-8 text.
+        form: the format that it must state.
+        version: likewise.
+
+    Raises:
+        SceneError: it cannot be read, or states others; names the file.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SceneError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise SceneError(f'{file}: expected an object with "format": "{form}"')
+    if content.get("version") != version:
+        raise SceneError(f"{file}: version {content.get('version')!r}; this reads {version}")
+    return content

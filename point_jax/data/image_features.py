@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from point_jax import limits
-from point_jax.data.checks import SceneError, read_array
+from point_jax.data.checks import SceneError, read_array, read_stated
 from point_jax.data.images import Content, Images, Sight, Size
 
 FOLDER, MANIFEST = "image_features", "manifest.json"
@@ -195,20 +195,13 @@ def _folder(root: str | Path, name: str) -> Path:
 
 
 def _read_manifest(file: Path) -> FeatureSpec:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
+    if not file.exists():
         there = sorted(entry.parent.name for entry in file.parent.parent.glob(f"*/{MANIFEST}"))
         raise SceneError(
             f"{file}: missing; data_prep.image_features makes it; here are "
             f"{', '.join(there) or 'no image features'}"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise SceneError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SceneError(f'{file}: expected an object with "format": "{FORMAT}"')
-    if content.get("version") != VERSION:
-        raise SceneError(f"{file}: version {content.get('version')!r}; this reads {VERSION}")
+        )
+    content = read_stated(file, FORMAT, VERSION)
     names = [field.name for field in dataclasses.fields(FeatureSpec)]
     values: dict[str, Any] = {name: content.get(name) for name in names}
     try:

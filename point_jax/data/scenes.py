@@ -22,6 +22,7 @@ from point_jax.data.checks import (
     check_labels,
     check_normal,
     read_array,
+    read_stated,
 )
 from point_jax.data.frames import read_frames
 from point_jax.data.image_splits import PairedImages, read_split
@@ -300,14 +301,7 @@ def read_dataset_json(root: str | Path) -> dict:
     file = Path(root) / "dataset.json"
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SceneError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise SceneError(f'{file}: expected an object with "format": "{FORMAT}"')
-    if content.get("version") != VERSION:
-        raise SceneError(f"{file}: version {content.get('version')!r}; this reads {VERSION}")
+    content = read_stated(file, FORMAT, VERSION)
     for key in ("units", "up"):
         if key not in content:
             options = ", ".join(f'"{value}"' for value in (UNITS if key == "units" else UP))
