@@ -29,7 +29,7 @@ from configs import sonata
 from point_jax.data.pipeline import default_data
 from point_jax.evaluation.classes import S3DIS_AREAS
 from point_jax.evaluation.lifting import default_lifting
-from point_jax.evaluation.protocols import FITTED, TRAINED
+from point_jax.evaluation.protocols import FITTED, FITTED_HEADS, TRAINED
 from point_jax.objectives.settings import default_crops, default_decoder, default_segmentation
 from point_jax.training.config import Config, default_config
 
@@ -59,6 +59,7 @@ def get_config(arg: str = "") -> Config:
     config.encoder = ""  # what --encoder names, settled when the command starts
     config.tree = "teacher"  # of a pretraining: teacher or student
     base = "base" if chosen["encoder"] == "v3m1" else chosen["encoder"]
+    config.head = "random"  # where the layer starts; logistic: fitted first (linear, lora)
     config.network = sonata.get_config(base).network
     config.decoder = default_decoder()
     config.crops = default_crops()
@@ -104,7 +105,10 @@ def _small(config: Config) -> None:
 def _tiny(config: Config) -> None:
     config.train.batch, config.train.steps = 4, 300
     config.checkpoint.every = 100
-    config.optim.lr = 0.02  # in so few steps 0.002 would leave the layer half trained
+    if config.protocol in FITTED_HEADS:  # so few steps would leave a random layer half trained
+        config.head = "logistic"
+    else:
+        config.optim.lr = 0.02
     config.crops.max_size = 16_384
     config.data.scene_points = 120_000
 

@@ -48,6 +48,7 @@ from point_jax.evaluation.protocols import (
     SCRATCH,
     TRAINED,
     Stopped,
+    check_head,
     check_lifted,
     fitted,
     trained,
@@ -90,6 +91,7 @@ class Evaluation:
         for place, limit in SECTION_LIMITS.items():
             section, key = place.split(".")
             limits.check({key: config[section][key]}, {key: limit}, f"config.{section}.")
+        check_head(config.head, config.protocol)
         if images:
             check_lifted(config.protocol, config.test.votes, config.test.robustness)
         train, test = config.data.sources, config.test.sources
@@ -115,7 +117,7 @@ class Evaluation:
         if protocol in FITTED:
             return fitted(protocol, candidate, self.train, len(self.classes), self.config.seed)
         config = self.settled(candidate)
-        return trained(protocol, candidate, config, self.classes, workdir, self.change)
+        return trained(protocol, candidate, config, self.train, self.classes, workdir, self.change)
 
     def settled(self, candidate: Candidate) -> Config:
         """The config with what depends on the candidate: its voxels, where its weights are from."""
@@ -130,7 +132,7 @@ class Evaluation:
         """Of everything that decides a result of a candidate, but for the seed."""
         config = self.settled(candidate).to_dict()
         told = {name: part for name, part in config.items() if name not in NOT_SETTINGS}
-        not_read = ("train", "optim", "crops", "objective", "decoder", "data")
+        not_read = ("train", "optim", "crops", "objective", "decoder", "data", "head")
         for name in ("network", "images", *(not_read if protocol in FITTED else ())):
             told.pop(name, None)
         if "data" in told:  # no protocol trains on images

@@ -261,7 +261,7 @@ def test_a_stopped_training_ends_alike_and_is_evaluated_by_its_running_statistic
     def train(workdir):
         classes = KNOWN["rooms"]
         return protocols.trained(
-            "scratch", candidate, config, classes, workdir, lambda scene: scene
+            "scratch", candidate, config, (), classes, workdir, lambda scene: scene
         )
 
     whole = train(tmp_path / "whole")

@@ -129,6 +129,18 @@ def test_a_checkpoint_gives_every_protocol_its_encoder(tmp_path, checkpoint, cap
     assert "checkpoints/2 -> raw" in capsys.readouterr().err
 
 
+def test_training_starts_at_the_best_layer_if_that_is_asked_for(tmp_path, checkpoint):
+    still = ("--config.head=logistic", "--config.optim.lr=1e-12")
+    for encoder, protocols in (("raw", ("linear",)), (checkpoint, ("linear", "lora"))):
+        name = Path(encoder).name
+        assert run(tmp_path / name / "logistic", "logistic", encoder) == 0
+        best = results(tmp_path / name / "logistic")["per_class"]
+        for protocol in protocols:
+            assert run(tmp_path / name / protocol, protocol, encoder, *still) == 0
+            found = results(tmp_path / name / protocol)
+            assert found["per_class"] == pytest.approx(best, abs=1e-3)
+
+
 def test_robustness_tells_what_is_missing(tmp_path):
     assert run(tmp_path, "ridge", "raw", "--config.test.robustness=True") == 0
     found = results(tmp_path)
@@ -218,6 +230,8 @@ def checkpoint(tmp_path_factory):
         ("linear", "raw", ("--config.labels.share=0",), "config.labels.share is 0"),
         ("linear", "raw", ("--config.labels.classes=ade",), "config.labels.classes is 'ade'"),
         ("linear", "raw", ("--config.crops.max_size=4",), "config.crops.max_size is 4, expected"),
+        ("scratch", "random", ("--config.head=logistic",), "take one of linear, lora"),
+        ("linear", "raw", ("--config.head=ridge",), "config.head is 'ridge', expected one of"),
         ("linear", "raw", ("--config.train.batch=3",), "with 2 scenes a row"),
         ("ridge", "raw", ("--config.crops.grid_size=-1.0",), "config.crops.grid_size is -1.0"),
         ("ridge", "raw", ("--config.seed=-1",), "config.seed is -1, expected"),

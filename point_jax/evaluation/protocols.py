@@ -41,6 +41,28 @@ FITTED = ("ridge", "knn", "logistic")
 TRAINED = tuple(PROTOCOLS)
 SCRATCH = "scratch"
 FLOORS_OF_TRAINED = "logistic"  # close to the best linear layer, so that no floor is too low
+HEADS = ("random", "logistic")  # where a trained protocol's layer starts
+FITTED_HEADS = ("linear", "lora")  # protocols whose layer reads the encoder's own features
+
+
+def check_head(head: str, protocol: str) -> None:
+    """Refuses a start of the layer that a protocol cannot have.
+
+    Args:
+      head: of the config, one of `HEADS`; fitted protocols do not read it.
+      protocol: of the evaluation.
+
+    Raises:
+      ValueError: says why not, and what to do.
+    """
+    if head not in HEADS:
+        raise ValueError(f"config.head is {head!r}, expected one of {', '.join(HEADS)}")
+    if head == "logistic" and protocol in TRAINED and protocol not in FITTED_HEADS:
+        raise ValueError(
+            f"config.head=logistic fits the layer to the encoder's features, and in "
+            f"protocol={protocol} it reads a decoder that starts at random: leave it random, or "
+            f"take one of {', '.join(FITTED_HEADS)}"
+        )
 
 
 def check_lifted(protocol: str, votes: bool, robustness: bool) -> None:
@@ -128,6 +150,7 @@ def trained(
     protocol: str,
     candidate: Candidate,
     config: Config,
+    scenes: Sequence[Scene],
     classes: Classes,
     workdir: Path,
     change: Callable[[Scene], Scene],
@@ -138,6 +161,7 @@ def trained(
       protocol: one of `TRAINED`.
       candidate: the encoder that it starts from; an untrained one for `scratch`.
       config: the whole config; `crops.grid_size` is the candidate's.
+      scenes: training scenes with labels, what a fitted start of the layer is fitted to.
       classes: of the labels.
       workdir: of the run; gets `segmentor`, the weights, see `store`.
       change: what is done to every training scene.
@@ -149,6 +173,11 @@ def trained(
     objective = make_segmentation(config, protocol, len(classes), candidate.network)
     if candidate.network is not None:
         config_of(_network(objective))  # what cannot be kept afterwards is refused now
+    head_start = None
+    if config.head == "logistic":
+        head_start = functools.partial(
+            _fitted_head, objective, candidate, scenes, len(classes), config.seed
+        )
     code = train(
         config,
         workdir,
@@ -157,6 +186,7 @@ def trained(
         make_schedule=optimizer_schedule,
         make_batches=functools.partial(make_batches, change=change),
         load_initial=functools.partial(_initial, candidate.params),
+        load_frozen=head_start,
     )
     if code != FINISHED:
         raise Stopped(code)
@@ -180,6 +210,34 @@ def _initial(
         placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), there, own)
         given[part] = {"backbone": placed} if placed else {}
     return given
+
+
+def _fitted_head(
+    objective: Segmentation,
+    candidate: Candidate,
+    scenes: Sequence[Scene],
+    classes: int,
+    seed: int,
+    template: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The student's layer near the optimum for the encoder before any training.
+
+    Short runs then show what training adds to the best layer (arXiv:2202.10054), not how far a
+    layer gets in so many steps.
+    """
+    extractor = RawFeatures()
+    if candidate.network is not None:
+        backbone = candidate.params
+        if backbone is None:  # untrained: the weights that the run starts with
+            start = jax.jit(lambda key: init_state(objective, key))(jax.random.key(np.uint32(seed)))
+            backbone = objective.whole(start["student"], start["teacher"])
+        extractor = EncoderFeatures(Encoder(_network(objective), backbone, candidate.grid_size))
+    data = LabelledVoxels(extractor, scenes, candidate.grid_size)
+    layer = fit_logistic(data, classes, seed=seed)
+    head = {"kernel": layer.kernel, "bias": layer.bias}
+    own = template["student"]["head"]
+    placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), head, own)
+    return {"student": {"head": placed}}
 
 
 def _result(objective: Segmentation, workdir: Path) -> tuple[Any, Any]:
