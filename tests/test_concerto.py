@@ -78,14 +78,14 @@ class GoldenConcerto:
             images = self.arrays["in.feature2d"][ends[scene] - self.arrays["in.img_num"][scene] :]
             images = images[: self.arrays["in.img_num"][scene]]
             images = np.pad(images, ((0, IMAGES - len(images)), (0, 0), (0, 0)))
-            patch = jax.jit(self.objective.patches_of)(row, places)
-            rows.append(ConcertoRow(row, jnp.asarray(images), patch))
+            seen = jax.jit(self.objective.sightings)(row, places)
+            rows.append(ConcertoRow(row, jnp.asarray(images), seen))
         self.rows = jax.tree.map(lambda *part: jnp.stack(part), *rows)
 
 
 def test_a_step_equals_the_original():
     golden = GoldenConcerto()
-    pairs = (np.asarray(golden.rows.patch) < HEIGHT * WIDTH).sum()
+    pairs = (np.asarray(golden.rows.seen.patch) < HEIGHT * WIDTH).sum()
     assert pairs == len(golden.arrays["enc2d.patch_index"])
     total, stats, grads = run_step(
         golden.objective, golden.student, golden.teacher, golden.rows, golden.schedule
@@ -269,6 +269,19 @@ def test_a_run_has_its_encoder_s_weights_goes_on_alike_and_is_read(tmp_path, mon
     assert set(read.params["teacher"]) == {"backbone", "mask_head", "unmask_head"}
     kernel = read.extra["patch_proj.weight"].T
     np.testing.assert_array_equal(kernel, student["patch_proj"]["kernel"])
+    # Pointcept's loader finds the heads that nothing reads, at the sizes of its own.
+    hidden = student["mask_head"]["mlp"]["fc1"]["kernel"].shape[1]
+    prototypes = len(student["mask_head"]["prototypes"])
+    heads = {name: array.shape for name, array in read.extra.items() if "head" in name}
+    channels = kernel.shape[1]
+    mlp = "enc2d_head_student.mlp."
+    assert heads == {
+        f"{mlp}0.weight": (hidden, channels), f"{mlp}0.bias": (hidden,),
+        f"{mlp}2.weight": (channels, hidden), f"{mlp}2.bias": (channels,),
+    } | {
+        f"enc2d_head_{tree}.prototype.parametrizations.weight.original{i}": (prototypes, width)
+        for tree in ("student", "teacher") for i, width in ((0, 1), (1, channels))
+    }  # fmt: skip
     assert point_jax.load(whole).grid_size == 0.1
 
 

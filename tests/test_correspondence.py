@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shifted_cosine
+from point_jax.ops.correspondence import (
+    patch_means,
+    patch_of,
+    pool_places,
+    shifted_cosine,
+    sightings,
+)
 
 HEIGHT, WIDTH, IMAGES, POINTS = 3, 4, 2, 40
 
@@ -41,7 +47,8 @@ def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_grad
     x = draw.normal(size=(POINTS, 5)).astype(np.float32)
     patches = HEIGHT * WIDTH
     patch = np.asarray(patch_of(jnp.asarray(places_of(2)), HEIGHT, WIDTH))
-    means, count = patch_means(jnp.asarray(x), jnp.asarray(patch), patches)
+    seen = sightings(jnp.asarray(patch), patches)
+    means, count = patch_means(jnp.asarray(x), seen)
     assert means.shape == (IMAGES, patches, 5) and count.sum() == (patch < patches).sum()
     for image in range(IMAGES):
         for place in range(patches):
@@ -50,7 +57,7 @@ def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_grad
             want = mine.mean(0) if len(mine) else np.zeros(5)
             np.testing.assert_allclose(means[image, place], want, atol=1e-6)
     slope = draw.normal(size=means.shape).astype(np.float32)
-    grad = jax.grad(lambda x: (patch_means(x, jnp.asarray(patch), patches)[0] * slope).sum())(x)
+    grad = jax.grad(lambda x: (patch_means(x, seen)[0] * slope).sum())(x)
     want = np.zeros_like(x)
     for point, image in zip(*np.nonzero(patch < patches), strict=True):
         place = patch[point, image]
@@ -63,7 +70,7 @@ def test_points_that_no_image_sees_reach_nothing():
     patch[0] = 3
     x = np.full((POINTS, 2), np.nan, np.float32)
     x[0] = 1
-    means, count = patch_means(jnp.asarray(x), jnp.asarray(patch), HEIGHT * WIDTH)
+    means, count = patch_means(jnp.asarray(x), sightings(jnp.asarray(patch), HEIGHT * WIDTH))
     assert np.isfinite(means).all() and count.sum() == IMAGES
 
 

@@ -225,15 +225,11 @@ def _fitted_head(
     Short runs then show what training adds to the best layer (arXiv:2202.10054), not how far a
     layer gets in so many steps.
     """
-    extractor = RawFeatures()
-    if candidate.network is not None:
-        backbone = candidate.params
-        if backbone is None:  # untrained: the weights that the run starts with
-            start = jax.jit(lambda key: init_state(objective, key))(jax.random.key(np.uint32(seed)))
-            backbone = objective.whole(start["student"], start["teacher"])
-        extractor = EncoderFeatures(Encoder(_network(objective), backbone, candidate.grid_size))
-    data = LabelledVoxels(extractor, scenes, candidate.grid_size)
-    layer = fit_logistic(data, classes, seed=seed)
+    if candidate.network is not None and candidate.params is None:  # untrained: as the run starts
+        start = jax.jit(lambda key: init_state(objective, key))(jax.random.key(np.uint32(seed)))
+        candidate = replace(candidate, params=objective.whole(start["student"], start["teacher"]))
+    layer = fitted("logistic", candidate, scenes, classes, seed)
+    assert isinstance(layer, LinearPredictor)
     head = {"kernel": layer.kernel, "bias": layer.bias}
     own = template["student"]["head"]
     placed = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), head, own)

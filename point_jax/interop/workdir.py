@@ -13,8 +13,11 @@ from jax.sharding import SingleDeviceSharding
 
 from point_jax.interop.convert import backbone_template
 from point_jax.interop.files import read_json
+from point_jax.interop.pointcept import to_state_dict
 from point_jax.interop.release import config_of
 from point_jax.interop.store import SEGMENTOR, Weights, digest, leaves
+from point_jax.models.functional import functional
+from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.objectives.settings import default_network, network_spec
 from point_jax.training import checkpoint
 from point_jax.training.checkpoint import FOLDER, CheckpointError
@@ -113,7 +116,7 @@ def read_workdir(workdir: Path | str) -> Weights:
 def _without_images(
     state: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Student and teacher of the points, and Concerto's projection under the original's names.
+    """Student and teacher of the points, and Concerto's image branch under the original's names.
 
     The image encoder is left out: it is as it was in the folder that the run had it from.
     """
@@ -125,4 +128,26 @@ def _without_images(
     if projection is None:
         return points, {}
     weight = np.ascontiguousarray(np.asarray(projection["kernel"]).T)
-    return points, {"patch_proj.weight": weight, "patch_proj.bias": np.asarray(projection["bias"])}
+    hidden = points["student"]["mask_head"]["mlp"]["fc1"]["kernel"].shape[1]
+    prototypes = len(points["student"]["mask_head"]["prototypes"])
+    return points, {
+        "patch_proj.weight": weight,
+        "patch_proj.bias": np.asarray(projection["bias"]),
+        **_image_heads(len(weight), hidden, prototypes),
+    }
+
+
+def _image_heads(channels: int, hidden: int, prototypes: int) -> dict[str, np.ndarray]:
+    """Concerto's heads on image features as they start, in the original's names.
+
+    Nothing reads them and nothing trains them (REFERENCE quirk 17), so runs here have none; but
+    Pointcept's model has them and its strict loader asks for them.
+    """
+    init, _ = functional(
+        lambda rngs: OnlineCluster(channels, hidden, channels, prototypes, rngs=rngs)
+    )
+    head = init(jax.random.key(0))
+    head["prototypes"] = start_prototypes(jax.random.key(1), head["prototypes"].shape)
+    state = to_state_dict(jax.tree.map(np.asarray, head), "enc2d_head_student.")
+    ours = {k: x for k, x in state.items() if k.startswith("enc2d_head_student.prototype.")}
+    return state | {k.replace("_student.", "_teacher."): x for k, x in ours.items()}

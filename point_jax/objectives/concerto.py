@@ -14,13 +14,21 @@ import jax
 import jax.numpy as jnp
 
 from point_jax import limits
+from point_jax.geometry.hierarchy import Hierarchy
 from point_jax.models.functional import Params
 from point_jax.models.ptv3 import up_cast
 from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import LOSSES, Row, student
 from point_jax.objectives.sonata import Piece, Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
-from point_jax.ops.correspondence import patch_means, patch_of, pool_places, shifted_cosine
+from point_jax.ops.correspondence import (
+    Sightings,
+    patch_means,
+    patch_of,
+    pool_places,
+    shifted_cosine,
+    sightings,
+)
 
 SCALE = 10.0  # of the loss, the original's
 
@@ -94,13 +102,13 @@ class ConcertoRow(NamedTuple):
     Attributes:
       points: see `rows.Row`.
       images: of the `ImageBranch`.
-      patch: (A, I) int32, the patch that sees each point of the masked views on the level of the
-        image loss; height * width for none, and for all but the major view.
+      seen: which patches see the A points of the masked views on the level of the image loss; none
+        sees those of another view than the major one.
     """
 
     points: Row
     images: Any
-    patch: jax.Array
+    seen: Sightings
 
 
 class ConcertoPiece(NamedTuple):
@@ -108,13 +116,13 @@ class ConcertoPiece(NamedTuple):
 
     Attributes:
       points: see `sonata.Piece`.
-      patch: as in the row; none on the local side.
       scene: () int32, place of the scene among this device's.
+      masked: () bool, whether it is the side that images are compared with.
     """
 
     points: Piece
-    patch: jax.Array
     scene: jax.Array
+    masked: jax.Array
 
 
 class Concerto:
@@ -159,20 +167,21 @@ class Concerto:
         points, stats = self.points.prepare(scenes, jax.random.fold_in(key, 0), schedule)
         scene = {name: x[0] for name, x in scenes.items()}
         images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
-        patch = self.patches_of(points, places)
-        stats["image_pairs"] = (patch < self._patches).sum().astype(jnp.float32)
-        return ConcertoRow(points, images, patch), stats
+        seen = self.sightings(points, places)
+        stats["image_pairs"] = (seen.patch < self._patches).sum().astype(jnp.float32)
+        return ConcertoRow(points, images, seen), stats
 
     @jax.named_scope("geometry")
-    def patches_of(self, row: Row, places: jax.Array) -> jax.Array:
-        """(A, I) int32, see `ConcertoRow.patch`; places (P, I, 2) are of the scene's points."""
+    def sightings(self, row: Row, places: jax.Array) -> Sightings:
+        """See `ConcertoRow.seen`; places (P, I, 2) are of the scene's points."""
         masked = student(row, "masked")
         first = masked.hierarchy[0]
         major = (first.valid & (first.cloud == 0))[:, None, None]
         places = jnp.where(major, jnp.take(places, masked.source, axis=0, mode="clip"), -1.0)
         for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.up_cast]:
             places = pool_places(places, level.first_child)
-        return patch_of(places, self.images.height, self.images.width)
+        patch = patch_of(places, self.images.height, self.images.width)
+        return sightings(patch, self._patches)
 
     def targets(
         self,
@@ -184,28 +193,22 @@ class Concerto:
     ) -> Targets:
         """Sonata's targets, the images' features, and over how many patches the image loss goes."""
         points = self.points.targets(teacher, rows.points, key, schedule, axis)
-        scenes = len(rows.patch)
+        scenes = len(rows.seen.patch)
         with jax.named_scope("images"):
             encode = partial(self.images.features, teacher.get("image", {}))
             features = jax.lax.map(encode, rows.images)
-        hit = jax.vmap(self._hit)(rows.patch).sum()
+        hit = (jnp.diff(rows.seen.first) > 0).sum().astype(jnp.float32)
         hit = hit if axis is None else jax.lax.psum(hit, axis)
-        none = jnp.full_like(rows.patch, self._patches)
         pieces = ConcertoPiece(
             points=points.pieces,
-            patch=jnp.stack([rows.patch, none], axis=1).reshape(-1, *rows.patch.shape[1:]),
             scene=jnp.repeat(jnp.arange(scenes), 2),
+            masked=jnp.tile(jnp.array([True, False]), scenes),
         )
         count = rows.points.scenes.sum()
         count = count if axis is None else jax.lax.psum(count, axis)
-        shared = {"points": points.shared, "features": features, "patches": hit, "scenes": count}
+        shared = {"points": points.shared, "patches": hit, "scenes": count}
+        shared |= {"features": features, "seen": rows.seen}
         return Targets(pieces, shared, points.stats)
-
-    def _hit(self, patch: jax.Array) -> jax.Array:
-        """() float32, how many patches of a scene's images see one of its points."""
-        seen = jnp.zeros((patch.shape[1], self._patches + 1))
-        seen = seen.at[jnp.arange(patch.shape[1])[None], patch].set(1.0)
-        return seen[:, : self._patches].sum()
 
     def loss(
         self,
@@ -225,8 +228,10 @@ class Concerto:
         x = up_cast(levels, hierarchy, self.spec.points.up_cast)
         values, stats = self.points.compare(student, x, piece.points, shared["points"], schedule)
         with jax.named_scope("images"):
-            carried = up_cast(levels, hierarchy, self.spec.up_cast)
-            summed, hit = self._image_loss(student["patch_proj"], carried, piece, shared)
+            image_loss = partial(self._image_loss, hierarchy=hierarchy, piece=piece, shared=shared)
+            summed, hit = jax.lax.cond(
+                piece.masked, image_loss, _nothing, student["patch_proj"], levels
+            )
         some = shared["patches"] > 0
         # A batch's loss is a sum over its scenes, this one a sum over its patches.
         image = summed * shared["scenes"] / jnp.maximum(shared["patches"], 1.0)
@@ -236,13 +241,19 @@ class Concerto:
         return total, (piece.points.scenes, stats)
 
     def _image_loss(
-        self, projection: Params, x: jax.Array, piece: ConcertoPiece, shared: Params
+        self,
+        projection: Params,
+        levels: tuple[jax.Array, ...],
+        hierarchy: Hierarchy,
+        piece: ConcertoPiece,
+        shared: Params,
     ) -> tuple[jax.Array, jax.Array]:
         """Sum over the patches hit of the scaled loss, and their number."""
-        means, seen = patch_means(x.astype(jnp.float32), piece.patch, self._patches)
+        x = up_cast(levels, hierarchy, self.spec.up_cast).astype(jnp.float32)
+        means, count = patch_means(x, jax.tree.map(lambda x: x[piece.scene], shared["seen"]))
         predicted = means @ projection["kernel"] + projection["bias"][None, None]
         loss = shifted_cosine(predicted, shared["features"][piece.scene])
-        hit = seen > 0
+        hit = count > 0
         return SCALE * jnp.where(hit, loss, 0.0).sum(), hit.sum().astype(jnp.float32)
 
     def follow(
@@ -266,3 +277,9 @@ class Concerto:
         out["image_patches"] = hit / scenes
         out["image_pairs"] = stats["image_pairs"] / scenes
         return out
+
+
+def _nothing(projection: Params, levels: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """The image loss of the local views, which no image is compared with."""
+    del projection, levels
+    return jnp.zeros(()), jnp.zeros(())

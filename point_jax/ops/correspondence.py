@@ -4,9 +4,12 @@ A place is where an image sees a point, (row, column) in units of patches, so th
 is the patch; (-1, -1) where it does not.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
+from point_jax.ops.gather import take_rows
 from point_jax.ops.pool import cluster_sum
 
 
@@ -43,27 +46,87 @@ def patch_of(places: jax.Array, height: int, width: int) -> jax.Array:
     return jnp.where(inside, row * width + column, height * width)
 
 
-def patch_means(x: jax.Array, patch: jax.Array, patches: int) -> tuple[jax.Array, jax.Array]:
-    """Mean of the features of the points that each patch sees.
+class Sightings(NamedTuple):
+    """Which points the patches of I images see, both ways round.
 
-    The transpose is a gather: a point gets the gradients of its patches. The sum is a scatter: GPUs
-    add up in no fixed order, so there the last bits may differ from run to run.
+    Attributes:
+      patch: (N, I) int32, the patch that sees a point, see `patch_of`; P for none.
+      order: (I, N) int32, the points of an image's first patch, of the second, and so on; those
+        that it does not see last.
+      first: (I, P + 1) int32, where each patch's points start in the order.
+    """
+
+    patch: jax.Array
+    order: jax.Array
+    first: jax.Array
+
+
+def sightings(patch: jax.Array, patches: int) -> Sightings:
+    """Sorts points by patch.
+
+    Args:
+      patch: (N, I) int32, of `patch_of`; `patches` for none.
+      patches: number of patches of an image, P.
+    """
+    of_points = jnp.arange(len(patch), dtype=jnp.int32)
+
+    def of_image(patch: jax.Array) -> tuple[jax.Array, jax.Array]:
+        ascending, order = jax.lax.sort((patch, of_points), num_keys=1, is_stable=True)
+        first = jnp.searchsorted(ascending, jnp.arange(patches + 1, dtype=patch.dtype))
+        return order, first.astype(jnp.int32)
+
+    return Sightings(patch, *jax.lax.map(of_image, patch.T))
+
+
+@jax.custom_vjp
+def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
+    """Sum of the features of the points that each patch sees, in the points' order.
+
+    Without a scatter either way: GPUs would add up in an order that changes from run to run.
 
     Args:
       x: (N, C) float32.
-      patch: (N, I) int32, of `patch_of`; `patches` for none.
-      patches: number of patches of an image, P.
+      seen: of I images with P patches.
 
     Returns:
-      means (I, P, C), zeros for patches that see nothing; how many points each sees (I, P) float32.
+      (I, P, C), zeros for patches that see nothing.
     """
 
-    def of_image(patch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        total = jax.ops.segment_sum(x, patch, patches + 1)[:patches]
-        count = jax.ops.segment_sum(jnp.ones(len(x)), patch, patches + 1)[:patches]
-        return total / jnp.maximum(count, 1.0)[:, None], count
+    def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
+        order, first = image
+        return cluster_sum(take_rows(x, order), first)
 
-    return jax.lax.map(of_image, patch.T)
+    return jax.lax.map(of_image, (seen.order, seen.first))
+
+
+def _patch_sums_fwd(x, seen):
+    return patch_sums(x, seen), seen.patch
+
+
+def _patch_sums_bwd(patch, g):
+    def add(total, image):
+        g, patch = image
+        return total + take_rows(g, patch), None
+
+    none = jnp.zeros((len(patch), g.shape[-1]), g.dtype)
+    return jax.lax.scan(add, none, (g, patch.T))[0], None
+
+
+patch_sums.defvjp(_patch_sums_fwd, _patch_sums_bwd)
+
+
+def patch_means(x: jax.Array, seen: Sightings) -> tuple[jax.Array, jax.Array]:
+    """Mean of the features of the points that each patch sees.
+
+    Args:
+      x: (N, C) float32.
+      seen: of I images with P patches.
+
+    Returns:
+      means (I, P, C), zeros for patches that see nothing; how many points each sees (I, P) int32.
+    """
+    count = jnp.diff(seen.first, axis=1)
+    return patch_sums(x, seen) / jnp.maximum(count, 1)[..., None], count
 
 
 def shifted_cosine(a: jax.Array, b: jax.Array) -> jax.Array:
