@@ -76,6 +76,7 @@ def main(argv: Sequence[str]) -> int:
         load_frozen=None if frozen is None else partial(place_frozen, frozen),
         prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
         prepare_measure=lambda: Probe(points, config.probe),
+        measure_every=config.probe.every,
     )
 
 
@@ -132,21 +133,21 @@ def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:
 def make_step(objective: Sonata | Concerto, config: config_lib.Config, devices: Mesh) -> Any:
     """The training step; on CPUs its program is kept for the next start."""
     step = make_train_step(objective, config, devices)
-    optim = config.optim.copy_and_resolve_references().to_dict()
-    return programs.keep(step, objective, optim)
+    settings = config.optim.copy_and_resolve_references().to_dict(), config.mesh.to_dict()
+    return programs.keep(step, objective, *settings, dict(devices.shape))
 
 
 class Probe:
     """Measures how well the teacher's features separate classes, every so many steps."""
 
     def __init__(self, spec: SonataSpec, section: Any) -> None:
-        self._probe, self._every = load_probe(section), section.every
+        self._probe = load_probe(section)
         self._network, self._grid_size = spec.network, spec.views.grid_size
         self._encoder: Encoder | None = None
 
     def __call__(self, step: int, teacher: Any) -> Mapping[str, float]:
-        """The probes' scores; none if it is not their turn."""
-        if self._probe is None or step % self._every:
+        """The probes' scores."""
+        if self._probe is None:
             return {}
         params = jax.tree.map(lambda x: x.addressable_data(0), teacher["backbone"])
         if self._encoder is None:

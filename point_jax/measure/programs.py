@@ -196,7 +196,7 @@ def _grids(objective, scene, key, schedule):
     row, _ = objective.prepare(scenes, key, schedule)
     sides = {"teacher": row.teacher, **{side: student(row, side) for side in SIDES}}
     return {
-        name: [(level.grid, level.cloud, level.count) for level in side.hierarchy]
+        name: [(level.grid, level.cloud, level.count) for level in objective.rows.structure(side)]
         for name, side in sides.items()
     }
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from point_jax import limits
 from point_jax.models.functional import Params
 from point_jax.models.ptv3 import up_cast
-from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import LOSSES, Row, student
 from point_jax.objectives.sonata import Piece, Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
@@ -155,7 +155,7 @@ class Concerto:
     def prepare(
         self, scenes: Scene, key: jax.Array, schedule: Schedule
     ) -> tuple[ConcertoRow, Stats]:
-        """Views, masks, structure, matches, and which patches see which points."""
+        """Views, masks, matches, and which patches see which points."""
         points, stats = self.points.prepare(scenes, jax.random.fold_in(key, 0), schedule)
         scene = {name: x[0] for name, x in scenes.items()}
         images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
@@ -167,10 +167,10 @@ class Concerto:
     def patches_of(self, row: Row, places: jax.Array) -> jax.Array:
         """(A, I) int32, see `ConcertoRow.patch`; places (P, I, 2) are of the scene's points."""
         masked = student(row, "masked")
-        first = masked.hierarchy[0]
-        major = (first.valid & (first.cloud == 0))[:, None, None]
+        hierarchy = self.points.rows.structure(masked)
+        major = (hierarchy[0].valid & (masked.cloud == 0))[:, None, None]
         places = jnp.where(major, jnp.take(places, masked.source, axis=0, mode="clip"), -1.0)
-        for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.up_cast]:
+        for level in hierarchy[1 : len(hierarchy) - self.spec.up_cast]:
             places = pool_places(places, level.first_child)
         return patch_of(places, self.images.height, self.images.width)
 
@@ -180,7 +180,7 @@ class Concerto:
         rows: ConcertoRow,
         key: jax.Array,
         schedule: Schedule,
-        axis: str | None = None,
+        axis: Axis = None,
     ) -> Targets:
         """Sonata's targets, the images' features, and over how many patches the image loss goes."""
         points = self.points.targets(teacher, rows.points, key, schedule, axis)
@@ -188,16 +188,14 @@ class Concerto:
         with jax.named_scope("images"):
             encode = partial(self.images.features, teacher.get("image", {}))
             features = jax.lax.map(encode, rows.images)
-        hit = jax.vmap(self._hit)(rows.patch).sum()
-        hit = hit if axis is None else jax.lax.psum(hit, axis)
+        sums = jax.vmap(self._hit)(rows.patch).sum(), rows.points.scenes.sum()
+        hit, count = sums if axis is None else jax.lax.psum(sums, axis)
         none = jnp.full_like(rows.patch, self._patches)
         pieces = ConcertoPiece(
             points=points.pieces,
             patch=jnp.stack([rows.patch, none], axis=1).reshape(-1, *rows.patch.shape[1:]),
             scene=jnp.repeat(jnp.arange(scenes), 2),
         )
-        count = rows.points.scenes.sum()
-        count = count if axis is None else jax.lax.psum(count, axis)
         shared = {"points": points.shared, "features": features, "patches": hit, "scenes": count}
         return Targets(pieces, shared, points.stats)
 
@@ -220,8 +218,7 @@ class Concerto:
         If no patch of the global batch sees a point, the image loss is the mean of the others, as
         in the original where a GPU has no image (REFERENCE quirk 17).
         """
-        levels = self.points.student_levels(student, piece.points, key)
-        hierarchy = piece.points.views.hierarchy
+        levels, hierarchy = self.points.student_levels(student, piece.points, key)
         x = up_cast(levels, hierarchy, self.spec.points.up_cast)
         values, stats = self.points.compare(student, x, piece.points, shared["points"], schedule)
         with jax.named_scope("images"):

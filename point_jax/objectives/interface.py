@@ -15,6 +15,8 @@ import jax
 Params = dict[str, Any]
 Scene = Mapping[str, jax.Array]
 Schedule = Mapping[str, jax.Array]
+Axis = str | tuple[str, ...] | None
+"""The mesh axes over which the batch is spread; None for one device."""
 Stats = dict[str, Any]
 """Sums over points, views or rows (any pytree): rows, micro-batches and devices simply add them."""
 
@@ -56,9 +58,9 @@ class Objective(Protocol):
         ...
 
     def targets(
-        self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: str | None
+        self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: Axis
     ) -> Targets:
-        """Targets for this device's rows (leading axis), with sums across the mesh axis.
+        """Targets for this device's rows (leading axis), with sums across the mesh axes.
 
         No gradient.
         """
