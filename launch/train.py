@@ -6,6 +6,9 @@
 `--config.any.key=VALUE` overrides a value of the config file. The same command again goes on where
 the run stopped, or prints the result of a finished run. Exit codes: 0 finished; 1 an error, in one
 line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
+
+Several processes find one another under SLURM, Open MPI and Kubernetes and on TPU slices; elsewhere
+each is given --coordinator=HOST:PORT --processes=N --process=I (docs/scaling.md).
 """
 
 import sys
@@ -54,9 +57,10 @@ CURVES = [
 
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
+    argv, job = command.split_job(argv)
     config, workdir = config_lib.parse_command_line(argv)
     command.keep_compiled()
-    mesh.start_processes()
+    mesh.start_processes(job)
     try:
         objective, points, frozen = make_objective(config)
     except (ValueError, TypeError) as error:

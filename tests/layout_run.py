@@ -40,7 +40,7 @@ def run(out, fsdp, steps=STEPS, process=0, processes=1):
     config.optim.eps = 1e-3
     config.mesh.fsdp, config.mesh.smallest = fsdp, 64
     made = Step(config, data_mesh(fsdp))
-    state, losses, compiled, began = made.make(), [], None, time.process_time()
+    state, told, compiled, began = made.make(), [], None, time.process_time()
     each = 8 // processes
     scheduled = {name: np.float32(value) for name, value in SCHEDULE.items()}
     for number in range(steps):
@@ -53,13 +53,16 @@ def run(out, fsdp, steps=STEPS, process=0, processes=1):
             compiled = lowered.compile(options)
             print(f"compiled after {time.process_time() - began:.1f} s", flush=True)
         state, metrics = jax.block_until_ready(compiled(*arguments))
-        losses.append(float(metrics["loss"]))
-    print(f"{steps} steps after {time.process_time() - began:.1f} s: {losses}", flush=True)
+        told.append({name: float(value) for name, value in metrics.items()})
+    print(f"{steps} steps after {time.process_time() - began:.1f} s", flush=True)
     whole = jax.jit(lambda x: x, out_shardings=replicated(made.mesh))(state)
     if process == 0:
         leaves = jax.tree_util.tree_leaves_with_path(whole)
         named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-        np.savez(out, losses=np.array(losses), **named)
+        for name in told[0]:
+            named[name] = np.array([metrics[name] for metrics in told])
+        np.savez(out, **named)
+        Path(out).with_suffix(".hlo").write_text(compiled.as_text())
 
 
 def start(out, processes, devices, fsdp, steps=STEPS):
@@ -99,7 +102,7 @@ def differences(file, reference):
 
     one, other = np.load(reference), np.load(file)
     assert set(one) == set(other)
-    loss = np.max(np.abs(one["losses"] - other["losses"]) / np.abs(one["losses"]))
+    loss = np.max(np.abs(one["loss"] - other["loss"]) / np.abs(one["loss"]))
     found = [np.float64(loss)]
     for parts in (("student", "teacher"), ("mu", "nu")):
         names = [name for name in one if any(name.startswith(f"['{part}']") for part in parts)]
@@ -110,10 +113,10 @@ def differences(file, reference):
 def table():
     """Every layout against the first, as rows of a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
+        reference = Path(folder) / "first.npz"
         for layout in LAYOUTS:
-            file = Path(folder) / ("-".join(map(str, layout)) + ".npz")
+            file = Path(folder) / "other.npz" if reference.exists() else reference
             finish(start(file, *layout), timeout=3000)
-            reference = Path(folder) / ("-".join(map(str, LAYOUTS[0])) + ".npz")
             cells = [f"{x:.1e}" for x in differences(file, reference)]
             rows = 8 // (layout[0] * layout[1])
             print("|", " | ".join([*map(str, layout), str(rows), *cells]), "|", flush=True)

@@ -87,7 +87,8 @@ class Step:
 
     def __init__(self, config, mesh, objective=None):
         self.objective, self.mesh = objective or make_sonata(config), mesh
-        self.key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+        make_key = jax.jit(jax.random.key, out_shardings=replicated(mesh))
+        self.key = make_key(np.uint32(config.seed))
         init = lambda key: init_state(self.objective, key)  # noqa: E731
         lie = shardings(jax.eval_shape(init, self.key), config.mesh, mesh)
         make = jax.jit(init, out_shardings=lie)

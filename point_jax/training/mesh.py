@@ -8,6 +8,7 @@ import glob
 import importlib.util
 import os
 import re
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ def start_processes(job: Job = Job(), env: Mapping[str, str] = os.environ) -> No
     elif found := _found(env):
         devices = _all_of_a_host(env) if found in ("SLURM", "Open MPI") else None
         jax.distributed.initialize(local_device_ids=devices)
+
+
+def which_process() -> str:
+    """For messages: " of process 3 of 8 on HOST"; nothing where there is only one."""
+    if not jax.distributed.is_initialized():
+        return ""
+    return f" of process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
 
 
 def _told(job: Job, env: Mapping[str, str]) -> Job:

@@ -44,16 +44,14 @@ def cuts(params: Mapping[str, Tree], section: Config, size: int) -> dict[str, Tr
     Raises:
         ConfigError: a rule that matches no leaf, or a dimension that cannot be cut.
     """
-    rules: list[tuple[re.Pattern[str], Any]] = [
-        (re.compile(pattern), wanted) for pattern, wanted in section.rules
-    ]
+    rules = [(re.compile(pattern), wanted) for pattern, wanted in section.rules]
     shapes = {path: tuple(leaf.shape) for tree in params.values() for path, leaf in _leaves(tree)}
     for rule, _ in rules:
         if not any(map(rule.search, shapes)):
             raise ConfigError(_unmatched(rule.pattern, shapes))
 
     def cut(path: str, shape: tuple[int, ...]) -> int:
-        wanted = next((wanted for rule, wanted in rules if rule.search(path)), _WHOLE)
+        wanted: Any = next((wanted for rule, wanted in rules if rule.search(path)), _WHOLE)
         if wanted == _WHOLE or size == 1 or len(shape) < 2 or _size(shape) < section.smallest:
             return WHOLE
         first = 1 if _STACKED in f".{path}" else 0
