@@ -23,7 +23,7 @@ PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "
 # whether the run goes on, not what is computed.
 HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
-    *("mesh.fsdp", "mesh.rules", "mesh.smallest"),
+    *("mesh.fsdp", "mesh.rules", "mesh.smallest", "network.remat", "network.remat_levels"),
     *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
     *("data.held_out.sources", "data.held_out.scenes"),
     *("test.sources", "test.first_grid", "test.votes", "test.submission"),
@@ -36,6 +36,7 @@ ADDED = {"network.stem": "linear", "network.norm": "layer", "network.pooling": "
 ADDED |= {"data.images.count": 0, "data.images.height": 224, "data.images.width": 224}
 ADDED |= {"data.images.features": "", "images.height": 30, "images.width": 40}
 ADDED |= {"images.dtype": "float32", "images.layers": []}
+ADDED |= {"network.remat_levels": []}
 ADDED |= {"mesh.fsdp": 1, "mesh.rules": [["", "largest"]], "mesh.smallest": 65_536}
 
 OPTIONAL = ("schedule",)  # sections that only some objectives read
