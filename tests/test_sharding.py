@@ -1,22 +1,27 @@
 """Rules say along which dimension a parameter is cut; slices are joined and added up exactly."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from small import small_config
 
 from configs import sonata
+from point_jax.geometry.hierarchy import build_hierarchy, sort_row
+from point_jax.models.ptv3 import up_cast
 from point_jax.objectives.settings import make_sonata
+from point_jax.objectives.sonata import HEADS
 from point_jax.training import sharding
 from point_jax.training.config import ConfigError, check_config, default_config
 from point_jax.training.mesh import DATA, FSDP, arrange, data_mesh
 from point_jax.training.state import init_state
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     process_index: int
     id: int
 
@@ -129,7 +134,7 @@ def test_slices_are_joined_and_added_up_exactly():
     assert (cuts, specs) == ({"a": 1, "b": sharding.WHOLE}, {"a": P(None, FSDP), "b": P()})
 
     def on_device(slices):
-        joined = sharding.gather(slices, cuts)
+        joined = sharding.gather(slices, cuts, lambda name: jnp.float32)
         number = jax.lax.axis_index((DATA, FSDP)).astype(jnp.float32)
         mine = jax.tree.map(lambda x: x * (1 + number), joined)
         parts, sums = sharding.reduce(mine, cuts, {"n": number}, (DATA, FSDP))
@@ -143,3 +148,34 @@ def test_slices_are_joined_and_added_up_exactly():
     jax.tree.map(np.testing.assert_array_equal, joined, whole)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 10 * y), parts, whole)
     assert sums["n"] == 6 and total == 27  # each of its numbers counts once
+
+
+def test_what_travels_in_bfloat16_is_read_so_everywhere():
+    """Features and gradients of a network in bfloat16 do not know whether its kernels were."""
+    config = small_config()
+    config.network.dtype, config.network.rotary_base = "bfloat16", 0.0
+    objective = make_sonata(config)
+    params = jax.jit(lambda key: objective.init(key)[0])(jax.random.key(0))
+
+    def rounded(keys, x):
+        return x.astype(objective.read_as(".".join(key.key for key in keys))).astype(x.dtype)
+
+    sent = jax.tree_util.tree_map_with_path(rounded, params)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, sent)
+    named = jax.tree_util.tree_leaves_with_path(changed)
+    assert all(moved == (path[-1].key == "kernel") for path, moved in named)
+
+    shape = objective.rows.network.hierarchy((64, 32), 1)
+    grid = np.random.default_rng(0).integers(0, 6, (64, 3))
+    order, count, _ = sort_row(grid, np.zeros(64, np.int32), np.ones(64, bool), 64)
+    hierarchy = build_hierarchy(grid[order], np.zeros(64, np.int32), count, shape)
+
+    def value(params):
+        x = objective.backbone(params["backbone"], jnp.ones((64, 9)), hierarchy).levels
+        x = up_cast(x, hierarchy, 1)
+        heads = [objective._embed(params[head], x, count) for head in HEADS]
+        heads += [objective._directions(params[head]) for head in HEADS]
+        return sum((y**3).sum() for y in (x, *heads))
+
+    found = jax.jit(jax.value_and_grad(value))
+    jax.tree.map(np.testing.assert_array_equal, found(params), found(sent))

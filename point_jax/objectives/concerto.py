@@ -152,6 +152,10 @@ class Concerto:
         image = self.images.init(image_key)
         return student, teacher | ({"image": image} if image else {})
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """Sonata's; the projection and the image encoder as they are."""
+        return self.points.read_as(name)
+
     def prepare(
         self, scenes: Scene, key: jax.Array, schedule: Schedule
     ) -> tuple[ConcertoRow, Stats]:

@@ -1,4 +1,4 @@
-"""What the trainer needs of an objective: six pure functions.
+"""What the trainer needs of an objective: six pure functions, and in which precision they read.
 
 A step makes rows from scenes, each from one scene or a few; then the targets of all rows of the
 global batch together; then differentiates the loss piece by piece and adds up. A piece is a row or
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Params = dict[str, Any]
 Scene = Mapping[str, jax.Array]
@@ -50,6 +51,19 @@ class Objective(Protocol):
 
         A teacher is whatever the loss needs beside the student: a moving average, a frozen encoder,
         running statistics, or nothing, an empty dict.
+        """
+        ...
+
+    def read_as(self, name: str) -> jnp.dtype:
+        """To what a parameter of student and teacher is rounded wherever it is read.
+
+        Devices that share a copy of the state send each other its slices so.
+
+        Args:
+          name: dotted, as in "backbone.enc.stage0.blocks.qkv.kernel".
+
+        Returns:
+          float32 unless all that is computed of the parameter is computed of its rounded values.
         """
         ...
 

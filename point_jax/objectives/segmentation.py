@@ -129,6 +129,11 @@ class Segmentation:
             trained, frozen = trained | {"backbone": moved}, statistics.join(frozen, running)
         return {"head": head, **trained}, {"backbone": frozen} if frozen else {}
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """float32: low-rank changes are added to kernels before these are cast."""
+        del name
+        return jnp.float32
+
     def whole(self, student: Params, teacher: Params) -> Params:
         """The backbone as the network takes it, of student and teacher together."""
         backbone = statistics.join(teacher.get("backbone", {}), student.get("backbone", {}))

@@ -90,6 +90,12 @@ class Sonata:
             params[name] = head | {"prototypes": prototypes}
         return params, jax.tree.map(jnp.copy, params)
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """The network's dtype for the kernels of backbone and heads: layers cast them first."""
+        part, last = name.split(".")[0], name.split(".")[-1]
+        cast = part in ("backbone", *HEADS) and last == "kernel"
+        return self.spec.network.dtype if cast else jnp.float32
+
     def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
         """Views, masks and matches of a scene; see `RowMaker.make`."""
         return self.rows.make({name: x[0] for name, x in scenes.items()}, key, schedule)

@@ -9,7 +9,7 @@ How a tree is cut is a tree of its own, one int a leaf: the dimension that is cu
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -97,11 +97,24 @@ def fsdp_size(mesh: Mesh) -> int:
 # ---- Inside a step, on the slices of one device.
 
 
-def gather(tree: Tree, cut: Tree) -> Tree:
-    """The whole arrays of a tree of slices."""
-    return jax.tree.map(
-        lambda x, i: x if i == WHOLE else jax.lax.all_gather(x, FSDP, axis=i, tiled=True), tree, cut
-    )
+def gather(tree: Tree, cut: Tree, read_as: Callable[[str], Any]) -> Tree:
+    """The whole arrays of a tree of slices.
+
+    Args:
+        tree: the slices of this device.
+        cut: of `cuts`.
+        read_as: dotted path -> what a leaf is rounded to wherever it is read. It travels so, half
+            as many bytes for bfloat16, and arrives in its own dtype: what adds up gradients of it
+            adds in float32.
+    """
+
+    def join(keys: Sequence[Any], x: jax.Array, dimension: int) -> jax.Array:
+        if dimension == WHOLE:
+            return x
+        sent = x.astype(read_as(_path(keys)))
+        return jax.lax.all_gather(sent, FSDP, axis=dimension, tiled=True).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(join, tree, cut)
 
 
 def reduce(grads: Tree, cut: Tree, sums: Tree, axes: Sequence[str]) -> tuple[Tree, Tree]:

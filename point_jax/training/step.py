@@ -61,9 +61,9 @@ def make_train_step(
 
         rows, stats = jax.lax.map(prepare, (batch, row_keys))
         stats = jax.tree.map(lambda x: x.sum(0), stats)
-        teacher = sharding.gather(teacher, cut["teacher"])
+        teacher = sharding.gather(teacher, cut["teacher"], objective.read_as)
         targets = objective.targets(teacher, rows, pass_key, schedule, axes)
-        student = sharding.gather(student, cut["student"])
+        student = sharding.gather(student, cut["student"], objective.read_as)
 
         def add_piece(total, piece):
             (_, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(
