@@ -12,6 +12,7 @@ from typing import NoReturn
 import jax
 
 from point_jax.data.scenes import SceneError
+from point_jax.training import mesh
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import ConfigError
 from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
@@ -55,8 +56,25 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
     except Exception as error:  # a fault of the program: the way to it helps whoever mends it
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print(f"error{mesh.which_process()}:", " ".join(message.split()), file=sys.stderr, flush=True)
     return FAILED
+
+
+def split_job(argv: Sequence[str]) -> tuple[list[str], mesh.Job]:
+    """Takes --coordinator=HOST:PORT, --processes=N and --process=I out of a command line.
+
+    Returns:
+        The rest of it, and what they say; see `mesh.start_processes`.
+
+    Raises:
+        ConfigError: a value that cannot be one.
+    """
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    given, rest = parser.parse_known_args(argv[1:])
+    return [argv[0], *rest], mesh.Job(given.coordinator, given.processes, given.process)
 
 
 def keep_compiled() -> None:

@@ -219,12 +219,13 @@ class Evaluation:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates what the command line says; returns the exit code."""
+    argv, job = command.split_job(argv)
     names = [arg[len(FLAG) :] for arg in argv if arg.startswith(FLAG)]
     config, workdir = config_lib.parse_command_line([a for a in argv if not a.startswith(FLAG)])
     if len(names) != 1 or not names[0]:
         raise ConfigError("give one --encoder=DIR, --encoder=random or --encoder=raw")
     command.keep_compiled()
-    mesh.start_processes()
+    mesh.start_processes(job)
     try:
         return _evaluate(config, Path(workdir), names[0])
     except (ValueError, TypeError) as error:

@@ -6,6 +6,9 @@
 `--config.any.key=VALUE` overrides a value of the config file. The same command again goes on where
 the run stopped, or prints the result of a finished run. Exit codes: 0 finished; 1 an error, in one
 line on stderr; 143 (SIGTERM) and 130 (Ctrl-C) stopped and saved.
+
+Several processes find one another under SLURM, Open MPI and Kubernetes and on TPU slices; elsewhere
+each is given --coordinator=HOST:PORT --processes=N --process=I (docs/scaling.md).
 """
 
 import sys
@@ -54,9 +57,10 @@ CURVES = [
 
 def main(argv: Sequence[str]) -> int:
     """Trains what the command line says; returns the exit code."""
+    argv, job = command.split_job(argv)
     config, workdir = config_lib.parse_command_line(argv)
     command.keep_compiled()
-    mesh.start_processes()
+    mesh.start_processes(job)
     try:
         objective, points, frozen = make_objective(config)
     except (ValueError, TypeError) as error:
@@ -76,6 +80,7 @@ def main(argv: Sequence[str]) -> int:
         load_frozen=None if frozen is None else partial(place_frozen, frozen),
         prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
         prepare_measure=lambda: Probe(points, config.probe),
+        measure_every=config.probe.every,
     )
 
 
@@ -132,21 +137,21 @@ def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:
 def make_step(objective: Sonata | Concerto, config: config_lib.Config, devices: Mesh) -> Any:
     """The training step; on CPUs its program is kept for the next start."""
     step = make_train_step(objective, config, devices)
-    optim = config.optim.copy_and_resolve_references().to_dict()
-    return programs.keep(step, objective, optim)
+    settings = config.optim.copy_and_resolve_references().to_dict(), config.mesh.to_dict()
+    return programs.keep(step, objective, *settings, dict(devices.shape))
 
 
 class Probe:
     """Measures how well the teacher's features separate classes, every so many steps."""
 
     def __init__(self, spec: SonataSpec, section: Any) -> None:
-        self._probe, self._every = load_probe(section), section.every
+        self._probe = load_probe(section)
         self._network, self._grid_size = spec.network, spec.views.grid_size
         self._encoder: Encoder | None = None
 
     def __call__(self, step: int, teacher: Any) -> Mapping[str, float]:
-        """The probes' scores; none if it is not their turn."""
-        if self._probe is None or step % self._every:
+        """The probes' scores."""
+        if self._probe is None:
             return {}
         params = jax.tree.map(lambda x: x.addressable_data(0), teacher["backbone"])
         if self._encoder is None:

@@ -62,7 +62,8 @@ class GoldenStep:
         offset = arrays[f"in.{points}_offset"]
         cloud = clouds_of(offset)
         grid = arrays[f"{side}.grid_coord"]
-        spec = self.objective.spec.network.hierarchy(CAPACITIES, CLOUDS)
+        shape = self.objective.rows.shape
+        assert (shape.capacities, shape.clouds) == (CAPACITIES, CLOUDS)
         # One depth for the whole batch, as the original has it.
         depth = np.array([curve_depth(jnp.int32(grid.max() >> level)) for level in range(5)])
         depths = jnp.broadcast_to(jnp.asarray(depth)[:, None], (5, CLOUDS))
@@ -72,7 +73,7 @@ class GoldenStep:
         def rows(x):
             return jnp.asarray(np.concatenate([x[mine], np.zeros((pad, *x.shape[1:]), x.dtype)]))
 
-        return jax.jit(self.objective.rows.arrange, static_argnums=8)(
+        return jax.jit(self.objective.rows.arrange)(
             rows(grid),
             rows(arrays[f"in.{points}_feat"])[:, :3],
             rows(arrays[f"in.{points}_origin_coord"]),
@@ -81,7 +82,6 @@ class GoldenStep:
             jnp.arange(CAPACITIES[0]) < mine.sum(),
             rows(mask),
             rows(np.arange(len(mask), dtype=np.int32)),
-            spec,
             depths,
         )
 

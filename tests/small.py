@@ -6,6 +6,7 @@ import numpy as np
 from configs import sonata
 from point_jax.objectives.settings import make_sonata
 from point_jax.training.mesh import put_batch, replicated
+from point_jax.training.sharding import shardings
 from point_jax.training.state import init_state
 from point_jax.training.step import make_train_step
 
@@ -86,8 +87,11 @@ class Step:
 
     def __init__(self, config, mesh, objective=None):
         self.objective, self.mesh = objective or make_sonata(config), mesh
-        self.key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
-        make = jax.jit(lambda key: init_state(self.objective, key), out_shardings=replicated(mesh))
+        make_key = jax.jit(jax.random.key, out_shardings=replicated(mesh))
+        self.key = make_key(np.uint32(config.seed))
+        init = lambda key: init_state(self.objective, key)  # noqa: E731
+        lie = shardings(jax.eval_shape(init, self.key), config.mesh, mesh)
+        make = jax.jit(init, out_shardings=lie)
         self.make = lambda: make(self.key)
         self.step = make_train_step(self.objective, config, mesh)
 

@@ -360,3 +360,28 @@ def test_several_devices_resume_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.undo()
     run(tmp_path / "broken")
     assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+
+
+@pytest.mark.devices(3)
+def test_a_run_goes_on_where_devices_share_the_state_otherwise(tmp_path, monkeypatch, capsys):
+    """In three slices up to step 9, whole from the checkpoint of step 8 on: the same weights."""
+    sliced = {"train.batch": 3, "mesh.fsdp": 3, "mesh.smallest": 0}
+    seen = []
+
+    def measure(step, teacher):
+        seen.append(teacher["backbone"]["enc"]["stage0"]["blocks"]["weight"].sharding)
+        return {}
+
+    run(tmp_path / "whole", **{"train.batch": 3})
+    monkeypatch.setattr(toy_run, "make_batches", fails_at(9, SystemExit("as a kill would")))
+    with pytest.raises(SystemExit, match="as a kill"):
+        toy_run.run(config(**sliced), tmp_path / "broken", prepare_measure=lambda: measure)
+    assert len(seen) == 9 and all(at.is_fully_replicated for at in seen)
+    monkeypatch.undo()
+    run(tmp_path / "broken", **sliced | {"mesh.fsdp": 1})
+    assert "config changed, mesh.fsdp: 3 -> 1" in capsys.readouterr().out
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / name)[:12]]
+        for name in ("whole", "broken")
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

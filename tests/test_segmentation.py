@@ -93,7 +93,7 @@ def make():
 class TestRows:
     def test_labels_stay_with_their_points(self, make):
         row, stats = make(0.0)(3)
-        used = np.arange(256) < row.hierarchy[0].count
+        used = np.arange(256) < row.used
         channel = np.asarray(row.features[:, 3:6]).argmax(1)
         np.testing.assert_array_equal(row.labels[used], channel[used])
         assert (row.labels[~used] == -1).all()
@@ -102,15 +102,15 @@ class TestRows:
 
     def test_mixed_scenes_are_one_cloud_about_one_middle(self, make):
         apart, together = make(0.0)(5)[0], make(1.0)(5)[0]
-        counts = np.diff(apart.hierarchy[0].starts)
+        counts = np.bincount(apart.cloud[: apart.used], minlength=2)
         assert (counts > 0).all()
-        np.testing.assert_array_equal(np.diff(together.hierarchy[0].starts), [counts.sum(), 0])
+        assert together.used == counts.sum() and not together.cloud[: together.used].any()
         # The same points, wherever they stand in the row.
         rows = [np.asarray(row.features)[: counts.sum()] for row in (apart, together)]
         first, second = (rows[i][np.lexsort(rows[i].T)] for i in range(2))
         np.testing.assert_array_equal(first, second)
         # In the row and in metres they lie alike: to a voxel's rounding of either cloud's place.
-        grid = np.asarray(together.hierarchy[0].grid)[: counts.sum()]
+        grid = np.asarray(together.grid)[: counts.sum()]
         place = rows[1][:, :2] / QUIET.grid_size
         offset = grid[:, :2] - place
         assert np.ptp(offset, axis=0).max() < 2.01
@@ -188,17 +188,16 @@ class TestLinearLayer:
             labelled_batch(scenes=2), jax.random.key(0)
         )
         keys = jax.random.split(jax.random.key(1), 3)
+        hierarchy = row.structure(shape)
         levels = tuple(
             jax.random.normal(key, (len(level.cloud), channels))
-            for key, level, channels in zip(
-                keys, row.hierarchy, objective.trunk.channels, strict=False
-            )
+            for key, level, channels in zip(keys, hierarchy, objective.trunk.channels, strict=False)
         )
         head = objective.init(keys[2])[0]["head"]
-        joined = up_cast(levels, row.hierarchy, len(levels) - 1)
+        joined = up_cast(levels, hierarchy, len(levels) - 1)
         expected = joined @ head["kernel"] + head["bias"][None]
-        used = int(row.hierarchy[0].count)
-        found = objective._linear(head, levels, row)
+        used = int(row.used)
+        found = objective._linear(head, levels, hierarchy)
         np.testing.assert_allclose(found[:used], expected[:used], atol=1e-5)
 
 
@@ -275,10 +274,10 @@ def test_encoder_and_training_see_the_same_features():
     shape = objective.trunk.shape(objective.rows.capacities, 2)
     row, _ = objective.rows.make(labelled_batch(scenes=2), jax.random.key(1), shape)
     logits, _ = jax.jit(objective.logits)(student, teacher, row, jax.random.key(2))
-    counts = np.asarray(row.hierarchy[0].starts)
+    counts = np.searchsorted(row.cloud, np.arange(3))
     encoder = Encoder(network, teacher["backbone"], grid_size=0.1)
     for first, last in itertools.pairwise(counts):
-        grid = np.asarray(row.hierarchy[0].grid[first:last])
+        grid = np.asarray(row.grid[first:last])
         (found,) = encoder.encode_prepared(grid, np.asarray(row.features[first:last]))
         expected = found.at_voxels() @ np.asarray(student["head"]["kernel"])
         expected = expected + np.asarray(student["head"]["bias"])

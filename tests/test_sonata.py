@@ -174,7 +174,7 @@ def test_views_without_a_match_can_be_left_out_of_the_mean():
     objective, rows = Sonata(spec), golden.rows
     views = objective._matched_views(rows, None)
     assert {name: float(v) for name, v in views.items()} == {"mask": 2, "roll": 2, "unmask": 4}
-    cloud = rows.students.hierarchy[2].cloud[:, 0]
+    cloud = rows.students.level.cloud[:, 0]
     none = rows.teacher.origin.shape[1]
     matches = rows.matches | {"mask": jnp.where(cloud == 1, none, rows.matches["mask"])}
     views = objective._matched_views(rows._replace(matches=matches), None)

@@ -66,6 +66,9 @@ def test_work_is_what_a_hand_counts():
     remade = work.network_work(again, levels, trained=True)
     assert remade["projections"].done == projections + forward["projections"] - stem
     assert {part for part in got if remade[part] != got[part]} == {"projections"}
+    every = work.network_work(dataclasses.replace(SPEC, remat=("all",) * 2), levels, trained=True)
+    for part in ("convolution", "attention"):
+        assert every[part].done == remade[part].done + forward[part]
     scaled = dataclasses.replace(again, layer_scale=0.1)
     more = work.network_work(scaled, levels, trained=True)
     assert more["mlp"].done == got["mlp"].done + forward["mlp"]

@@ -22,6 +22,7 @@ from point_jax.objectives.teacher import move_teacher
 from point_jax.training import optimizer
 from point_jax.training.config import default_config, parse_command_line
 from point_jax.training.loop import train
+from point_jax.training.mesh import start_processes
 from point_jax.training.schedules import sonata_schedule
 
 SELF = str(Path(__file__).resolve())
@@ -106,7 +107,9 @@ def make_batches(
 
 
 def main(argv: Sequence[str]) -> int:
+    argv, job = command.split_job(argv)
     config, workdir = parse_command_line(argv)
+    start_processes(job)
     return run(config, Path(workdir))
 
 

@@ -136,15 +136,15 @@ def _find_points(name: str, config: Any) -> Candidate:
     # A run that goes on has other weights tomorrow: from here on it is one of its checkpoints.
     run = find_run(Path(name))
     path = Path(name) if run is None else run[0] / FOLDER / str(run[1])
-    dtype = network_spec(config.network).dtype
-    encoder = load(path, tree=config.tree, grid_size=grid_size or None, dtype=dtype)
+    given = network_spec(config.network)
+    encoder = load(path, tree=config.tree, grid_size=grid_size or None, dtype=given.dtype)
     if encoder.inputs != INPUTS:
         raise ValueError(
             f"{name}: reads {encoder.inputs}, expected {', '.join(INPUTS)}: no other encoder can "
             "be evaluated"
         )
     # A segmentor's decoder knows other labels: what is evaluated is the encoder.
-    network = replace(encoder.spec, decoder=(), remat=config.network.remat)
+    network = replace(encoder.spec, decoder=(), remat=given.remat)
     params = {name: part for name, part in encoder.params.items() if name != "dec"}
     steps = run[1] if run else None
     return Candidate(str(path), network, encoder.grid_size, params, path, steps)

@@ -30,6 +30,7 @@ from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training.config import Config
 from point_jax.training.mesh import data_mesh, put_batch, replicated
 from point_jax.training.schedules import sonata_schedule
+from point_jax.training.sharding import shardings
 from point_jax.training.state import init_state
 from point_jax.training.step import make_train_step
 
@@ -134,12 +135,13 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
     Raises:
       ValueError: the devices cannot share the scenes equally.
     """
-    mesh = data_mesh()
+    mesh = data_mesh(config.mesh.fsdp)
     if batch % mesh.size:
         raise ValueError(f"{batch} scenes cannot be shared equally by {mesh.size} devices")
-    everywhere = replicated(mesh)
-    key = jax.device_put(jax.random.key(config.seed), everywhere)
-    state = jax.jit(lambda key: init_state(objective, key), out_shardings=everywhere)(key)
+    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+    shapes = jax.eval_shape(lambda key: init_state(objective, key), key)
+    lie = shardings(shapes, config.mesh, mesh)
+    state = jax.jit(lambda key: init_state(objective, key), out_shardings=lie)(key)
     one = _scene(cloud)
     scenes = {name: np.stack([array] * batch) for name, array in one.items()}
     scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
@@ -164,7 +166,10 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
         carries=True,
         parameters=_bytes(state),
         work=work,
-        settings=(spec, config.optim.copy_and_resolve_references().to_dict()),
+        settings=(
+            *(spec, config.optim.copy_and_resolve_references().to_dict()),
+            *(config.mesh.to_dict(), dict(mesh.shape)),
+        ),
     )
 
 
@@ -196,7 +201,7 @@ def _grids(objective, scene, key, schedule):
     row, _ = objective.prepare(scenes, key, schedule)
     sides = {"teacher": row.teacher, **{side: student(row, side) for side in SIDES}}
     return {
-        name: [(level.grid, level.cloud, level.count) for level in side.hierarchy]
+        name: [(level.grid, level.cloud, level.count) for level in objective.rows.structure(side)]
         for name, side in sides.items()
     }
 

@@ -143,7 +143,8 @@ def network_work(
             fine, weights = levels[i - 1], spec.encoder[i - 1].channels * stage.channels
             down = _linear(fine.points, fine.capacity, weights, TRAINED if trained else FORWARD)
             parts.append({"pooling": down})
-        block = _block(spec, stage, level, trained)
+        again = spec.remat_of(i) if trained else "none"
+        block = _block(spec, stage, level, trained, again)
         parts.append({part: work.times(stage.depth) for part, work in block.items()})
     return add(*parts)
 
@@ -161,16 +162,18 @@ def _linear(points: int, rows: int, weights: int, products: int, again: int = 0)
     return Work(2.0 * points * weights * products, 2.0 * rows * weights * (products + again))
 
 
-def _block(spec: PTv3Spec, stage: StageSpec, level: LevelCount, trained: bool) -> dict[str, Work]:
+def _block(
+    spec: PTv3Spec, stage: StageSpec, level: LevelCount, trained: bool, again: str
+) -> dict[str, Work]:
     """One block.
 
     The backward pass of `ops.rowwise` makes again what other layers follow in the same function.
-    With remat all else is made again, too, but for the results of convolution and attention, and
-    for the MLP's, which only a scale after it has a use for.
+    With remat (`again`, see `PTv3Spec`) all else is made again, too; where it is "cheap", not the
+    results of convolution and attention, nor those of the MLP, which only a scale after it uses.
     """
     channels, hidden = stage.channels, int(stage.channels * spec.mlp_ratio)
     square, products = channels * channels, TRAINED if trained else FORWARD
-    remade = int(trained and spec.remat)
+    remade, everything = int(again != "none"), int(again == "all")
     scaled = remade if spec.layer_scale is not None else 0
     points, rows = level.points, rows_done(level.capacity, level.points)
     patches, width = patches_used(level.sizes, level.capacity, stage.patch_size)
@@ -186,9 +189,9 @@ def _block(spec: PTv3Spec, stage: StageSpec, level: LevelCount, trained: bool) -
     )
     pairs = pairs_done(level.taps, level.capacity, channels)
     forward, backward = operations_done(len(level.sizes), width, channels // stage.heads)
-    attention = patches * stage.heads * (forward + trained * backward)
+    attention = patches * stage.heads * ((1 + everything) * forward + trained * backward)
     return {
-        "convolution": _linear(level.pairs, pairs, square, products),
+        "convolution": _linear(level.pairs, pairs, square, products, everything),
         # a product for the scores and one for the mixing
         "attention": Work(4.0 * level.attended(stage.patch_size) * channels * products, attention),
         "projections": add(*({"": work} for work in projections))[""],

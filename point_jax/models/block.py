@@ -144,11 +144,18 @@ def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array
 class Stage(nnx.Module):
     """The blocks of a level, and the way into it."""
 
-    def __init__(self, stage: StageSpec, spec: PTv3Spec, rates: np.ndarray, rotary: Rotary | None):
+    def __init__(
+        self,
+        level: int,
+        stage: StageSpec,
+        spec: PTv3Spec,
+        rates: np.ndarray,
+        rotary: Rotary | None,
+    ):
         self.blocks = stack(lambda r: Block(stage, spec, rotary, rngs=r), stage.depth)
         self.rates = tuple(float(rate) for rate in rates)
         self.orders = len(spec.curves)
-        self.remat = spec.remat
+        self.remat = spec.remat_of(level)
         self.rotary = rotary
 
     def __call__(
@@ -185,8 +192,9 @@ class Stage(nnx.Module):
             x = module(x, x if seen is None else seen, level, order, keep, coord, motion)
             return (x, None if seen is None else x), None
 
-        policy = jax.checkpoint_policies.save_only_these_names("convolution_out", *SAVED)
-        body = jax.checkpoint(block, policy=policy) if self.remat else block
+        kept = ("convolution_out", *SAVED) if self.remat == "cheap" else ()
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+        body = block if self.remat == "none" else jax.checkpoint(block, policy=policy)
         return jax.lax.scan(body, (x, seen), (params, orders, keep, motion))[0][0]
 
 

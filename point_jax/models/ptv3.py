@@ -125,7 +125,7 @@ class PTv3(nnx.Module):
         rates = _drop_rates(spec.encoder, spec.drop_path)
         self.enc = nnx.Dict()
         for level, stage in enumerate(spec.encoder):
-            self.enc[f"stage{level}"] = Stage(stage, spec, rates[level], spec.rotary)
+            self.enc[f"stage{level}"] = Stage(level, stage, spec, rates[level], spec.rotary)
             if level:
                 above = spec.encoder[level - 1].channels
                 self.enc[f"stage{level}"].down = Down(above, stage.channels, spec, rngs=rngs)
@@ -136,7 +136,7 @@ class PTv3(nnx.Module):
             below = spec.encoder[-1].channels
             for level in reversed(range(len(spec.decoder))):
                 stage, skipped = spec.decoder[level], spec.encoder[level].channels
-                self.dec[f"stage{level}"] = Stage(stage, spec, rates[level][::-1], rotary)
+                self.dec[f"stage{level}"] = Stage(level, stage, spec, rates[level][::-1], rotary)
                 up = Up(below, skipped, stage.channels, spec, rngs=rngs)
                 self.dec[f"stage{level}"].up = up
                 below = stage.channels

@@ -12,6 +12,8 @@ from point_jax.ops.rotary import frequencies
 
 STEM_RADIUS = 2
 
+REMAT = ("none", "cheap", "all")
+
 STAGE_LIMITS = {name: limits.whole(1) for name in ("depth", "channels", "heads", "patch_size")}
 ROTARY_LIMITS = {
     "base": limits.number(above=0),
@@ -27,6 +29,7 @@ NETWORK_LIMITS = {
     "stem": limits.one_of("linear", "conv"),
     "norm": limits.one_of("layer", "batch"),
     "pooling": limits.one_of("grid", "serialized"),
+    "remat": limits.either(limits.SWITCH, limits.each(limits.one_of(*REMAT))),
 }
 
 
@@ -91,8 +94,10 @@ class PTv3Spec:
       relative_bias: whether attention adds a learned bias by relative voxel position.
       rotary: rotary positions (PT-v3m3); None for none.
       dtype: of the arithmetic; parameters, norms, softmax and the residual stream are float32.
-      remat: whether the backward pass makes each block's activations again instead of keeping them,
-        but for what convolution and attention return: they are most of the work.
+      remat: what of each block's activations the backward pass makes again instead of keeping it, a
+        word of `REMAT` for each level: "none"; "cheap", all but what convolution and attention
+        return, which are most of the work; "all" but the block's input. True is "cheap" and False
+        "none" for all levels.
     """
 
     encoder: tuple[StageSpec, ...]
@@ -109,10 +114,14 @@ class PTv3Spec:
     relative_bias: bool = False
     rotary: Rotary | None = None
     dtype: jnp.dtype = field(default=jnp.float32)
-    remat: bool = False
+    remat: bool | tuple[str, ...] = False
 
     def __post_init__(self) -> None:
         limits.check(vars(self), NETWORK_LIMITS)
+        if isinstance(self.remat, tuple) and len(self.remat) != len(self.encoder):
+            raise ValueError(
+                f"remat has {len(self.remat)} words for {len(self.encoder)} levels: {self.remat}"
+            )
         if self.decoder and len(self.decoder) != len(self.encoder) - 1:
             raise ValueError(
                 f"a decoder of {len(self.encoder)} levels has {len(self.encoder) - 1} stages, "
@@ -124,6 +133,12 @@ class PTv3Spec:
             rotating = self.encoder + (self.decoder if self.rotary.decoder else ())
             for stage in rotating:
                 frequencies(stage.channels // stage.heads, self.rotary.base)
+
+    def remat_of(self, level: int) -> str:
+        """The word of a level."""
+        if isinstance(self.remat, bool):
+            return "cheap" if self.remat else "none"
+        return self.remat[level]
 
     def hierarchy(self, capacities: tuple[int, ...], clouds: int) -> HierarchySpec:
         """The hierarchy that this network needs for rows of these capacities."""

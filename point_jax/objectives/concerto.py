@@ -17,7 +17,7 @@ from point_jax import limits
 from point_jax.geometry.hierarchy import Hierarchy
 from point_jax.models.functional import Params
 from point_jax.models.ptv3 import up_cast
-from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import LOSSES, Row, student
 from point_jax.objectives.sonata import Piece, Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
@@ -160,10 +160,14 @@ class Concerto:
         image = self.images.init(image_key)
         return student, teacher | ({"image": image} if image else {})
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """Sonata's; the projection and the image encoder as they are."""
+        return self.points.read_as(name)
+
     def prepare(
         self, scenes: Scene, key: jax.Array, schedule: Schedule
     ) -> tuple[ConcertoRow, Stats]:
-        """Views, masks, structure, matches, and which patches see which points."""
+        """Views, masks, matches, and which patches see which points."""
         points, stats = self.points.prepare(scenes, jax.random.fold_in(key, 0), schedule)
         scene = {name: x[0] for name, x in scenes.items()}
         images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
@@ -175,10 +179,10 @@ class Concerto:
     def sightings(self, row: Row, places: jax.Array) -> Sightings:
         """See `ConcertoRow.seen`; places (P, I, 2) are of the scene's points."""
         masked = student(row, "masked")
-        first = masked.hierarchy[0]
-        major = (first.valid & (first.cloud == 0))[:, None, None]
+        hierarchy = self.points.rows.structure(masked)
+        major = (hierarchy[0].valid & (masked.cloud == 0))[:, None, None]
         places = jnp.where(major, jnp.take(places, masked.source, axis=0, mode="clip"), -1.0)
-        for level in masked.hierarchy[1 : len(masked.hierarchy) - self.spec.up_cast]:
+        for level in hierarchy[1 : len(hierarchy) - self.spec.up_cast]:
             places = pool_places(places, level.first_child)
         patch = patch_of(places, self.images.height, self.images.width)
         return sightings(patch, self._patches)
@@ -189,7 +193,7 @@ class Concerto:
         rows: ConcertoRow,
         key: jax.Array,
         schedule: Schedule,
-        axis: str | None = None,
+        axis: Axis = None,
     ) -> Targets:
         """Sonata's targets, the images' features, and over how many patches the image loss goes."""
         points = self.points.targets(teacher, rows.points, key, schedule, axis)
@@ -198,14 +202,13 @@ class Concerto:
             encode = partial(self.images.features, teacher.get("image", {}))
             features = jax.lax.map(encode, rows.images)
         hit = (jnp.diff(rows.seen.first) > 0).sum().astype(jnp.float32)
-        hit = hit if axis is None else jax.lax.psum(hit, axis)
+        sums = hit, rows.points.scenes.sum()
+        hit, count = sums if axis is None else jax.lax.psum(sums, axis)
         pieces = ConcertoPiece(
             points=points.pieces,
             scene=jnp.repeat(jnp.arange(scenes), 2),
             masked=jnp.tile(jnp.array([True, False]), scenes),
         )
-        count = rows.points.scenes.sum()
-        count = count if axis is None else jax.lax.psum(count, axis)
         shared = {"points": points.shared, "patches": hit, "scenes": count}
         shared |= {"features": features, "seen": rows.seen}
         return Targets(pieces, shared, points.stats)
@@ -223,8 +226,7 @@ class Concerto:
         If no patch of the global batch sees a point, the image loss is the mean of the others, as
         in the original where a GPU has no image (REFERENCE quirk 17).
         """
-        levels = self.points.student_levels(student, piece.points, key)
-        hierarchy = piece.points.views.hierarchy
+        levels, hierarchy = self.points.student_levels(student, piece.points, key)
         x = up_cast(levels, hierarchy, self.spec.points.up_cast)
         values, stats = self.points.compare(student, x, piece.points, shared["points"], schedule)
         with jax.named_scope("images"):

@@ -1,4 +1,4 @@
-"""What the trainer needs of an objective: six pure functions.
+"""What the trainer needs of an objective: six pure functions, and in which precision they read.
 
 A step makes rows from scenes, each from one scene or a few; then the targets of all rows of the
 global batch together; then differentiates the loss piece by piece and adds up. A piece is a row or
@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 Params = dict[str, Any]
 Scene = Mapping[str, jax.Array]
 Schedule = Mapping[str, jax.Array]
+Axis = str | tuple[str, ...] | None
+"""The mesh axes over which the batch is spread; None for one device."""
 Stats = dict[str, Any]
 """Sums over points, views or rows (any pytree): rows, micro-batches and devices simply add them."""
 
@@ -51,14 +54,27 @@ class Objective(Protocol):
         """
         ...
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """To what a parameter of student and teacher is rounded wherever it is read.
+
+        Devices that share a copy of the state send each other its slices so.
+
+        Args:
+          name: dotted, as in "backbone.enc.stage0.blocks.qkv.kernel".
+
+        Returns:
+          float32 unless all that is computed of the parameter is computed of its rounded values.
+        """
+        ...
+
     def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Any, Stats]:
         """A row of `scenes_per_row` scenes (leading axis): structure and input. No gradient."""
         ...
 
     def targets(
-        self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: str | None
+        self, teacher: Params, rows: Any, key: jax.Array, schedule: Schedule, axis: Axis
     ) -> Targets:
-        """Targets for this device's rows (leading axis), with sums across the mesh axis.
+        """Targets for this device's rows (leading axis), with sums across the mesh axes.
 
         No gradient.
         """

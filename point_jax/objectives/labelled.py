@@ -72,20 +72,28 @@ class CropSpec:
 
 
 class LabelledRow(NamedTuple):
-    """Labelled clouds in a row of N slots.
+    """Labelled clouds in a row of N slots; its structure is built where a network reads it.
 
     Attributes:
       features: (N, 9) float32: coordinates (metres, the cloud's middle at x = y = 0), colour 0 to
         1, normal.
-      hierarchy: the row's structure.
+      grid: (N, 3) int32, voxels.
+      cloud: (N,) int32, ascending; G in padding.
+      used: () int32, slots in use.
       labels: (N,) int32, -1 for none and in padding.
       keys: (G,) keys of the clouds, for drop path and moved rotary coordinates.
     """
 
     features: jax.Array
-    hierarchy: Hierarchy
+    grid: jax.Array
+    cloud: jax.Array
+    used: jax.Array
     labels: jax.Array
     keys: jax.Array
+
+    def structure(self, shape: HierarchySpec) -> Hierarchy:
+        """Of the row's voxels; `shape` is what the row was made for."""
+        return build_hierarchy(self.grid, self.cloud, self.used, shape)
 
 
 class Crop(NamedTuple):
@@ -134,13 +142,12 @@ class LabelledRowMaker:
         )
         mixed = jax.random.uniform(mix_key) < self.spec.mix
         row, dropped = self._pack(crops, mixed, jax.random.split(noise_key, self.scenes), shape)
-        lost = dropped + sum(level.overflow for level in row.hierarchy)
-        first = row.hierarchy[0]
+        lost = dropped + sum(level.overflow for level in row.structure(shape))
         stats = {
             "points": crops.used.sum(),
             "empty_scenes": (scenes["count"] == 0).sum(),
             "cut": scenes["cut"].sum(),
-            "padding": 1.0 - first.count / len(first.cloud),
+            "padding": 1.0 - row.used / len(row.cloud),
             "rows": jnp.ones(()),
             "labelled": (row.labels >= 0).sum(),
             "overflow_elastic": overflow.sum(),
@@ -214,12 +221,15 @@ class LabelledRowMaker:
 
         cloud = flat(jnp.broadcast_to(cloud, used.shape))
         order, count, dropped = sort_row(flat(grid), cloud, flat(used), shape.capacities[0])
-        labels = jnp.take(flat(crops.labels), order, mode="fill", fill_value=-1)
-        hierarchy = build_hierarchy(
-            take_rows(flat(grid), order), take_rows(cloud, order), count, shape
-        )
-        features = take_rows(flat(crops.features), order)
-        return LabelledRow(features, hierarchy, labels, keys), dropped
+        valid = jnp.arange(len(order)) < count
+        return LabelledRow(
+            features=take_rows(flat(crops.features), order),
+            grid=take_rows(flat(grid), order),
+            cloud=jnp.where(valid, take_rows(cloud, order), scenes),
+            used=count,
+            labels=jnp.take(flat(crops.labels), order, mode="fill", fill_value=-1),
+            keys=keys,
+        ), dropped
 
 
 def _about_one_middle(grid: jax.Array, used: jax.Array) -> jax.Array:

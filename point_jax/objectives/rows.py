@@ -2,8 +2,12 @@
 
 The teacher's row holds the large views; the student's the same with blocks of points masked and
 jittered, and a second one the small views. The three have one shape, so that what makes them and
-the networks that read them are compiled once; padding costs next to nothing. Everything is integer
-structure or input features: no parameters, no gradients.
+the networks that read them are compiled once; padding costs next to nothing. No parameters, no
+gradients.
+
+A row holds points, sorted, not the structure of its levels: that is many times as large, and is
+built where a network reads it (`RowMaker.structure`), for one side of one scene at a time. It is
+integers of integers, so whoever builds it gets the same.
 """
 
 import math
@@ -18,7 +22,6 @@ from point_jax.data.views import ViewBatch, ViewSpec, make_views
 from point_jax.geometry.hierarchy import (
     Hierarchy,
     HierarchySpec,
-    Level,
     build_hierarchy,
     sort_row,
 )
@@ -32,6 +35,25 @@ LOSSES = ("mask", "roll", "unmask")
 SIDES = ("masked", "local")  # of the student
 
 
+class Slots(NamedTuple):
+    """The clouds of a level of A slots and G clouds; see `hierarchy.Level`.
+
+    Attributes:
+      cloud: (A,) int32, ascending; G in padding.
+      used: () int32, slots in use.
+      starts: (G + 1,) int32, where each cloud starts.
+    """
+
+    cloud: jax.Array
+    used: jax.Array
+    starts: jax.Array
+
+    @property
+    def valid(self) -> jax.Array:
+        """(A,) bool, whether a slot is in use."""
+        return jnp.arange(len(self.cloud)) < self.used
+
+
 class Views(NamedTuple):
     """Some views of a scene as a row of N slots; A is the capacity of the level that the heads see.
 
@@ -40,19 +62,27 @@ class Views(NamedTuple):
       coord: (N, 3) float32, where the points are (metres): as in `features`, but for the jitter of
         masked points, which moves their voxels and rotary positions and not their features.
       mask: (N,) bool, masked points.
-      hierarchy: the row's structure, one cloud a view.
+      grid: (N, 3) int32, voxels.
+      cloud: (N,) int32, the view; the number of clouds in padding.
+      used: () int32, slots in use.
+      level: clouds of the heads' level.
       origin: (A, 3) float32, scene coordinates of the points of the heads' level, metres.
       source: (N,) int32, the scene's row that each point is from.
-      dropped: () int32, points that did not fit the row.
+      dropped: () int32, points that did not fit the row, and voxels that did not fit a level.
+      depths: bits of the curves, where they are given; see `build_hierarchy`.
     """
 
     features: jax.Array
     coord: jax.Array
     mask: jax.Array
-    hierarchy: Hierarchy
+    grid: jax.Array
+    cloud: jax.Array
+    used: jax.Array
+    level: Slots
     origin: jax.Array
     source: jax.Array
     dropped: jax.Array
+    depths: jax.Array | None = None
 
 
 class Row(NamedTuple):
@@ -130,7 +160,7 @@ class RowMaker:
             self._points(small, small.coord, plain),
         )
         sides = jax.tree.map(lambda *parts: jnp.stack(parts), *sides)
-        made = jax.lax.map(lambda side: self.arrange(**side, spec=self.shape), sides)
+        made = jax.lax.map(lambda side: self.arrange(**side), sides)
         row = self.assemble(
             jax.tree.map(lambda x: x[0], made),
             jax.tree.map(lambda x: x[1:], made),
@@ -142,16 +172,14 @@ class RowMaker:
     @jax.named_scope("geometry")
     def assemble(self, teacher: Views, students: Views, key: jax.Array, scenes: jax.Array) -> Row:
         """Matches the student's points to the teacher's and puts a row together."""
-        level = -1 - self.up_cast
         masked, local = (jax.tree.map(lambda x, i=i: x[i], students) for i in range(len(SIDES)))
-        cloud = teacher.hierarchy[level].cloud
+        cloud = teacher.level.cloud
         views = self.views.global_count
         point = jnp.where(cloud < views, cloud, -2)
         rolled = jnp.where(cloud < views, (cloud + 1) % views, -2)
         major = jnp.where(cloud == 0, 0, -2)
-        query = masked.hierarchy[level]
-        query_cloud = jnp.where(query.valid, query.cloud, -1)
-        local_query = jnp.where(local.hierarchy[level].valid, 0, -1)
+        query_cloud = jnp.where(masked.level.valid, masked.level.cloud, -1)
+        local_query = jnp.where(local.level.valid, 0, -1)
 
         def match(student, query_cloud, point_cloud):
             return nearest(
@@ -176,10 +204,9 @@ class RowMaker:
         valid: jax.Array,
         mask: jax.Array,
         source: jax.Array,
-        spec: HierarchySpec,
         depths: jax.Array | None = None,
     ) -> Views:
-        """Sorts points (A of them) into a row and builds its structure.
+        """Sorts points (A of them) into a row.
 
         Args:
           grid: (A, 3) int32.
@@ -189,21 +216,30 @@ class RowMaker:
           cloud: (A,) int32, the view.
           valid, mask: (A,) bool.
           source: (A,) int32, rows of the scene.
-          spec: the row's shape.
           depths: bits of the curves, see `build_hierarchy`.
         """
-        order, count, overflow = sort_row(grid, cloud, valid, spec.capacities[0])
+        order, count, overflow = sort_row(grid, cloud, valid, self.shape.capacities[0])
         parts = [features, origin, coord, mask[:, None].astype(jnp.float32)]
         packed = take_rows(jnp.concatenate(parts, axis=1), order)
+        # Of this only what is read is computed: parents, not orders, tables and patches.
         hierarchy = build_hierarchy(
-            take_rows(grid, order), take_rows(cloud, order), count, spec, depths
+            take_rows(grid, order), take_rows(cloud, order), count, self.shape, depths
         )
+        first, last = hierarchy[0], hierarchy[-1 - self.up_cast]
+        level = Slots(last.cloud, last.count, last.starts)
         width = features.shape[1]
         features, mask = packed[:, :width], packed[:, -1] > 0
         origin, coord = packed[:, width : width + 3], packed[:, width + 3 : width + 6]
-        for level in hierarchy[1 : len(hierarchy) - self.up_cast]:
-            origin = cluster_mean(origin, level.first_child)
-        return Views(features, coord, mask, hierarchy, origin, take_rows(source, order), overflow)
+        for one in hierarchy[1 : len(hierarchy) - self.up_cast]:
+            origin = cluster_mean(origin, one.first_child)
+        dropped = overflow + sum(one.overflow for one in hierarchy)
+        voxels, source = (first.grid, first.cloud, count), take_rows(source, order)
+        return Views(features, coord, mask, *voxels, level, origin, source, dropped, depths)
+
+    @jax.named_scope("geometry")
+    def structure(self, views: Views) -> Hierarchy:
+        """What the networks read of a row's voxels: one cloud a view."""
+        return build_hierarchy(views.grid, views.cloud, views.used, self.shape, views.depths)
 
     def _points(self, views: ViewBatch, coord: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         """What `arrange` takes: the points of all views, one after the other, with the voxels of
@@ -227,23 +263,19 @@ class RowMaker:
 
     def _stats(self, row: Row, scene: Scene, points: jax.Array, overflow) -> Stats:
         sides = (row.teacher, *(student(row, side) for side in SIDES))
-        used = sum(side.hierarchy[0].count for side in sides)
-        slots = sum(len(side.hierarchy[0].cloud) for side in sides)
-        students = [student_level(row, name, self.up_cast).count for name in LOSSES]
-        lost = [side.dropped for side in sides]
-        lost += [level.overflow for side in sides for level in side.hierarchy]
+        used = sum(side.used for side in sides)
+        slots = sum(len(side.cloud) for side in sides)
         masked = student(row, "masked")
-        first = masked.hierarchy[0]
         stats = {
             "points": points,
             "empty_scenes": 1.0 - row.scenes,
             "cut": scene.get("cut", jnp.zeros(())),
             "padding": row.scenes * (1.0 - used / slots),
-            "masked": (masked.mask & first.valid).sum() / jnp.maximum(first.count, 1),
-            "student_points": sum(students),
+            "masked": masked.mask.sum() / jnp.maximum(masked.used, 1),
+            "student_points": sum(student_level(row, name).used for name in LOSSES),
             "overflow_grid": overflow["grid"],
             "overflow_elastic": overflow["elastic"],
-            "overflow_row": sum(lost),
+            "overflow_row": sum(side.dropped for side in sides),
         }
         return {name: jnp.asarray(value, jnp.float32) for name, value in stats.items()}
 
@@ -258,12 +290,12 @@ def side_of(name: str) -> str:
     return "local" if name == "unmask" else "masked"
 
 
-def student_level(row: Row, name: str, up_cast: int) -> Level:
+def student_level(row: Row, name: str) -> Slots:
     """The level on which a loss compares the student's points."""
-    return student(row, side_of(name)).hierarchy[-1 - up_cast]
+    return student(row, side_of(name)).level
 
 
-def matched_per_view(match: jax.Array, level: Level) -> jax.Array:
+def matched_per_view(match: jax.Array, level: Slots) -> jax.Array:
     """(V,) float32: points of each of the student's views that have a match."""
     found = match < len(match)
     views = len(level.starts) - 1

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from point_jax import limits
+from point_jax.geometry.hierarchy import Hierarchy, HierarchySpec
 from point_jax.models import statistics
 from point_jax.models.functional import Params
 from point_jax.models.lora import ALPHA, RANK, add_lora, start_lora
-from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.labelled import CropSpec, LabelledRow, LabelledRowMaker
 from point_jax.objectives.trunks import Trunk
 from point_jax.ops.gather import to_children
@@ -128,6 +129,11 @@ class Segmentation:
             trained, frozen = trained | {"backbone": moved}, statistics.join(frozen, running)
         return {"head": head, **trained}, {"backbone": frozen} if frozen else {}
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """float32: low-rank changes are added to kernels before these are cast."""
+        del name
+        return jnp.float32
+
     def whole(self, student: Params, teacher: Params) -> Params:
         """The backbone as the network takes it, of student and teacher together."""
         backbone = statistics.join(teacher.get("backbone", {}), student.get("backbone", {}))
@@ -140,8 +146,16 @@ class Segmentation:
     ) -> tuple[LabelledRow, Stats]:
         """Augmented crops as a row; see `LabelledRowMaker.make`."""
         del schedule
-        shape = self.trunk.shape(self.rows.capacities, self.scenes_per_row)
-        return self.rows.make(scenes, key, shape)
+        return self.rows.make(scenes, key, self._shape)
+
+    @property
+    def _shape(self) -> HierarchySpec:
+        return self.trunk.shape(self.rows.capacities, self.scenes_per_row)
+
+    @jax.named_scope("geometry")
+    def structure(self, row: LabelledRow) -> Hierarchy:
+        """What networks read of a row's voxels."""
+        return row.structure(self._shape)
 
     def targets(
         self,
@@ -149,7 +163,7 @@ class Segmentation:
         rows: LabelledRow,
         key: jax.Array,
         schedule: Schedule,
-        axis: str | None = None,
+        axis: Axis = None,
     ) -> Targets:
         """The rows, and over how much of the global batch their losses are means."""
         del key, schedule
@@ -199,11 +213,15 @@ class Segmentation:
     ) -> tuple[jax.Array, Params]:
         """(N, K) float32 of a row in training, and its `Features.moments`."""
         trained = student.get("backbone", {}).keys()
-        levels, moments = self.trunk(self.whole(student, teacher), row, key, trained)
+        hierarchy = self.structure(row)
+        whole = self.whole(student, teacher)
+        levels, moments = self.trunk(whole, row, hierarchy, key, trained)
         with jax.named_scope("heads"):
-            return self._linear(student["head"], levels, row), moments
+            return self._linear(student["head"], levels, hierarchy), moments
 
-    def _linear(self, head: Params, levels: tuple[jax.Array, ...], row: LabelledRow) -> jax.Array:
+    def _linear(
+        self, head: Params, levels: tuple[jax.Array, ...], hierarchy: Hierarchy
+    ) -> jax.Array:
         """The layer on the joined features of all levels, applied level by level.
 
         A coarse level's share is computed there and carried down: K channels instead of hundreds.
@@ -211,7 +229,7 @@ class Segmentation:
         kernels = jnp.split(head["kernel"], np.cumsum(self.trunk.channels)[:-1])
         *finer, out = (x.astype(jnp.float32) @ k for x, k in zip(levels, kernels, strict=True))
         for level, mine in reversed(list(enumerate(finer))):
-            fine, coarse = row.hierarchy[level], row.hierarchy[level + 1]
+            fine, coarse = hierarchy[level], hierarchy[level + 1]
             out = mine + to_children(out, fine.parent, coarse.first_child)
         return out + head["bias"][None]
 

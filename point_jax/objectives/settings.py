@@ -67,6 +67,7 @@ def default_network() -> ConfigDict:
     network.rotary_rescale = 1.0  # and all together by this one (1.2)
     network.dtype = "float32"  # of the arithmetic; or bfloat16
     network.remat = False  # make activations again in the backward pass instead of keeping them
+    network.remat_levels = ()  # or one word a level, "none", "cheap" (as True) or "all": `PTv3Spec`
     return network.lock()
 
 
@@ -163,7 +164,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
             pooling=network["pooling"],
             rotary=rotary,
             dtype=DTYPES[network["dtype"]],
-            remat=network["remat"],
+            remat=tuple(network["remat_levels"]) or network["remat"],
         )
 
 

@@ -13,10 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.hierarchy import Hierarchy
 from point_jax.models.functional import Params, functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.models.ptv3 import PTv3, up_cast
-from point_jax.objectives.interface import Scene, Schedule, Stats, Targets
+from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import (
     LOSSES,
     SIDES,
@@ -89,8 +90,14 @@ class Sonata:
             params[name] = head | {"prototypes": prototypes}
         return params, jax.tree.map(jnp.copy, params)
 
+    def read_as(self, name: str) -> jnp.dtype:
+        """The network's dtype for the kernels of backbone and heads: layers cast them first."""
+        part, last = name.split(".")[0], name.split(".")[-1]
+        cast = part in ("backbone", *HEADS) and last == "kernel"
+        return self.spec.network.dtype if cast else jnp.float32
+
     def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
-        """Views, masks, structure and matches of a scene; see `RowMaker.make`."""
+        """Views, masks and matches of a scene; see `RowMaker.make`."""
         return self.rows.make({name: x[0] for name, x in scenes.items()}, key, schedule)
 
     def follow(
@@ -107,7 +114,7 @@ class Sonata:
         rows: Row,
         key: jax.Array,
         schedule: Schedule,
-        axis: str | None = None,
+        axis: Axis = None,
     ) -> Targets:
         """The teacher's embeddings of every row, and the scales of the prototypes over all rows.
 
@@ -116,33 +123,31 @@ class Sonata:
           rows: leading axis R.
           key: of this step, the same on all devices.
           schedule: `teacher_temp`, () float32.
-          axis: the mesh axis over which the batch is spread; None for one device.
+          axis: the mesh axes over which the batch is spread; None for one device.
         """
         order_key = jax.random.fold_in(key, 0)
 
         def embed(views: Views) -> tuple[dict[str, jax.Array], Stats]:
-            x = self.features(teacher["backbone"], views, order_key, None)
-            level = views.hierarchy[-1 - self.spec.up_cast]
+            hierarchy, level = self.rows.structure(views), views.level
+            levels = self.levels(teacher["backbone"], views, hierarchy, order_key, None)
+            x = up_cast(levels, hierarchy, self.spec.up_cast)
             used = jnp.where(level.valid[:, None], x.astype(jnp.float32), 0.0)
             stats = {
-                "teacher_points": level.count.astype(jnp.float32),
+                "teacher_points": level.used.astype(jnp.float32),
                 "feature_sum": used.sum(0),
                 "feature_square": (used * used).sum(0),
             }
             heads = dict.fromkeys(self.teacher_heads)
-            return {head: self._embed(teacher[head], x, level.count) for head in heads}, stats
+            return {head: self._embed(teacher[head], x, level.used) for head in heads}, stats
 
         embeddings, stats = jax.lax.map(embed, rows.teacher)
         directions = {head: self._directions(teacher[head]) for head in self.teacher_heads}
-        scales = {
-            name: self._sinkhorn(embeddings, directions, rows, name, schedule, axis)
-            for name in LOSSES
-        }
+        scales = self._sinkhorn(embeddings, directions, rows, schedule, axis)
         views = self._matched_views(rows, axis)
         # One entry more: the loss that there is none of.
         shared = {
             "directions": jnp.stack([directions[head] for head in self.teacher_heads]),
-            "scales": jnp.stack([*scales.values(), jnp.zeros(self.spec.prototypes)]),
+            "scales": jnp.pad(scales, ((0, 1), (0, 0))),
             "views": jnp.stack([*views.values(), jnp.ones(())]),
         }
         stats = jax.tree.map(lambda x: x.sum(0), stats)
@@ -168,31 +173,34 @@ class Sonata:
         return jax.tree.map(lambda x: x.reshape(2 * scenes, *x.shape[2:]), pieces)
 
     @jax.named_scope("losses")
-    def _sinkhorn(self, embeddings, directions, rows, name, schedule, axis) -> jax.Array:
-        """(Q,) log scales of a loss's prototypes after three rounds over the global batch.
+    def _sinkhorn(self, embeddings, directions, rows, schedule, axis) -> jax.Array:
+        """(3, Q) log scales of each loss's prototypes after three rounds over the global batch.
 
         In log space an assignment is score / temperature + scale of the prototype + scale of the
         point; normalising points last leaves a softmax, so only the prototypes' scales are kept.
+        The losses go side by side, so that a round takes two small sums over the mesh.
         """
-        head = self.teacher_heads[SIDES.index(side_of(name))]
 
-        def one_round(scale: jax.Array | None) -> jax.Array:
+        def received(name, scale, embeddings, row) -> jax.Array:
+            head = self.teacher_heads[SIDES.index(side_of(name))]
+            match, count = row.matches[name], student_level(row, name).used
+            return log_sum_over_points(
+                take_rows(embeddings[head], match),
+                directions[head],
+                scale,
+                (match < len(embeddings[head])).astype(jnp.float32),
+                count,
+                schedule["teacher_temp"],
+            )
+
+        def one_round(scales: jax.Array | None) -> jax.Array:
             def add(total, this):
-                embedding, row = this
-                match, count = row.matches[name], student_level(row, name, self.spec.up_cast).count
-                weight = (match < len(embedding)).astype(jnp.float32)
-                received = log_sum_over_points(
-                    take_rows(embedding, match),
-                    directions[head],
-                    scale,
-                    weight,
-                    count,
-                    schedule["teacher_temp"],
-                )
-                return jnp.logaddexp(total, received), None
+                given = [None] * len(LOSSES) if scales is None else scales
+                found = [received(*each, *this) for each in zip(LOSSES, given, strict=True)]
+                return jnp.logaddexp(total, jnp.stack(found)), None
 
-            empty = jnp.full(self.spec.prototypes, -jnp.inf)
-            total, _ = jax.lax.scan(add, empty, (embeddings[head], rows))
+            empty = jnp.full((len(LOSSES), self.spec.prototypes), -jnp.inf)
+            total, _ = jax.lax.scan(add, empty, (embeddings, rows))
             if axis is not None:
                 top = jax.lax.pmax(total, axis)
                 top = jnp.where(jnp.isfinite(top), top, 0.0)
@@ -200,13 +208,13 @@ class Sonata:
             # Without any match there is nothing to scale.
             return jnp.where(jnp.isfinite(total), -total, 0.0)
 
-        scale = one_round(None)
+        scales = one_round(None)
         for _ in range(SINKHORN_STEPS - 1):
-            scale = one_round(scale)
-        return scale
+            scales = one_round(scales)
+        return scales
 
     @jax.named_scope("losses")
-    def _matched_views(self, rows: Row, axis: str | None) -> dict[str, jax.Array]:
+    def _matched_views(self, rows: Row, axis: Axis) -> dict[str, jax.Array]:
         """How many views divide each loss, per scene of the global batch: () float32 each."""
         views = self.spec.views
         fixed = {
@@ -216,15 +224,15 @@ class Sonata:
         }
         if not self.spec.matched_views_only:
             return {name: jnp.float32(number) for name, number in fixed.items()}
-        scenes = _psum(rows.scenes.sum(), axis)
 
         def number(row: Row, name: str) -> jax.Array:
-            level = student_level(row, name, self.spec.up_cast)
+            level = student_level(row, name)
             return (matched_per_view(row.matches[name], level) > 0).sum()
 
-        matched = {name: jax.vmap(partial(number, name=name))(rows) for name in LOSSES}
-        matched = {name: _psum(n.sum().astype(jnp.float32), axis) for name, n in matched.items()}
-        return {name: jnp.maximum(n, 1.0) / jnp.maximum(scenes, 1.0) for name, n in matched.items()}
+        counts = [jax.vmap(partial(number, name=name))(rows).sum() for name in LOSSES]
+        counts = jnp.stack([*counts, rows.scenes.sum()]).astype(jnp.float32)
+        *matched, scenes = jnp.maximum(counts if axis is None else jax.lax.psum(counts, axis), 1.0)
+        return {name: n / scenes for name, n in zip(LOSSES, matched, strict=True)}
 
     @jax.named_scope("losses")
     def loss(
@@ -246,17 +254,19 @@ class Sonata:
         Returns:
           (sum, (count, stats)): the counts of a row's pieces sum to 1, to 0 for an empty scene.
         """
-        levels = self.student_levels(student, piece, key)
-        x = up_cast(levels, piece.views.hierarchy, self.spec.up_cast)
+        levels, hierarchy = self.student_levels(student, piece, key)
+        x = up_cast(levels, hierarchy, self.spec.up_cast)
         values, stats = self.compare(student, x, piece, shared, schedule)
         return (jnp.array(self.spec.weights) * values).sum(), (piece.scenes, stats)
 
     def student_levels(
         self, student: Params, piece: Piece, key: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """The student's features of every level of a piece; arguments as for `loss`."""
+    ) -> tuple[tuple[jax.Array, ...], Hierarchy]:
+        """The student's features of every level of a piece, and its structure; as for `loss`."""
         order_key = jax.random.fold_in(key, 1 + piece.side)
-        return self.levels(student["backbone"], piece.views, order_key, piece.key)
+        hierarchy = self.rows.structure(piece.views)
+        levels = self.levels(student["backbone"], piece.views, hierarchy, order_key, piece.key)
+        return levels, hierarchy
 
     @jax.named_scope("losses")
     def compare(
@@ -272,12 +282,12 @@ class Sonata:
         `x` (A, channels) are the student's features at the heads' level; the other arguments are
         those of `loss`.
         """
-        level = piece.views.hierarchy[-1 - self.spec.up_cast]
+        level = piece.views.level
         head = jax.tree.map(
             lambda first, second: jnp.where(piece.side == 0, first, second),
             *(student[head] for head in HEADS),
         )
-        embedding, directions = self._embed(head, x, level.count), self._directions(head)
+        embedding, directions = self._embed(head, x, level.used), self._directions(head)
 
         def compare(this: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, Sums]:
             loss, match = this
@@ -288,7 +298,7 @@ class Sonata:
                 shared["directions"][piece.side],
                 shared["scales"][loss],
                 (match < len(match)).astype(jnp.float32),
-                jnp.where(loss < len(LOSSES), level.count, 0),
+                jnp.where(loss < len(LOSSES), level.used, 0),
                 self.spec.student_temperature,
                 schedule["teacher_temp"],
             )
@@ -307,30 +317,20 @@ class Sonata:
         stats = jax.lax.stop_gradient(stats | {"rows": piece.scenes})
         return (values[:, None] * mine).sum(0), stats
 
-    def features(
-        self,
-        backbone: Params,
-        views: Views,
-        order_key: jax.Array | None,
-        noise_key: jax.Array | None,
-    ) -> jax.Array:
-        """(A, channels) backbone features of a row, carried up to the heads' level."""
-        levels = self.levels(backbone, views, order_key, noise_key)
-        return up_cast(levels, views.hierarchy, self.spec.up_cast)
-
     def levels(
         self,
         backbone: Params,
         views: Views,
+        hierarchy: Hierarchy,
         order_key: jax.Array | None,
         noise_key: jax.Array | None,
     ) -> tuple[jax.Array, ...]:
         """(N, C) backbone features of every level of a row, finest first."""
-        clouds = len(views.hierarchy[0].starts) - 1
+        clouds = len(hierarchy[0].starts) - 1
         return self.backbone(
             backbone,
             views.features,
-            views.hierarchy,
+            hierarchy,
             mask=views.mask if self.spec.network.mask_token else None,
             coord=views.coord,
             order_key=order_key,
@@ -382,7 +382,3 @@ class Sonata:
 
 def _use(mean: jax.Array) -> jax.Array:
     return jnp.exp(-(mean * jnp.log(jnp.maximum(mean, 1e-30))).sum()) / len(mean)
-
-
-def _psum(x: jax.Array, axis: str | None) -> jax.Array:
-    return x if axis is None else jax.lax.psum(x, axis)

@@ -1,7 +1,8 @@
 """What a segmentation's linear layer reads: a network's features, or the input as it is.
 
 A trunk has the `channels` of each level that it gives, finest first, the `shape` of the rows that
-it needs, `init(key) -> params`, and is called with parameters, a row and what of it trains.
+it needs, `init(key) -> params`, and is called with parameters, a row, its structure and what of the
+parameters trains.
 """
 
 from collections.abc import Collection
@@ -10,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.hierarchy import HierarchySpec
+from point_jax.geometry.hierarchy import Hierarchy, HierarchySpec
 from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
@@ -34,13 +35,18 @@ class Trunk(Protocol):
         ...
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+        self,
+        params: Params,
+        row: LabelledRow,
+        hierarchy: Hierarchy,
+        order_key: jax.Array,
+        trained: Collection[str],
     ) -> tuple[tuple[jax.Array, ...], Params]:
         """Features (N, C) of the first levels, `channels` of them, and `Features.moments`.
 
         Args:
           params: parameters.
-          row: the input.
+          row, hierarchy: the input, and its structure.
           order_key: of this step, the same on all devices.
           trained: names of the parts of the parameters that gradients move.
         """
@@ -66,14 +72,19 @@ class PTv3Trunk:
         return self.spec.hierarchy(capacities, clouds)
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+        self,
+        params: Params,
+        row: LabelledRow,
+        hierarchy: Hierarchy,
+        order_key: jax.Array,
+        trained: Collection[str],
     ) -> tuple[tuple[jax.Array, ...], Params]:
         """See `Trunk`."""
         coord = row.features[:, :3]
         out = self._apply(
             params,
             row.features,
-            row.hierarchy,
+            hierarchy,
             coord=coord if self.spec.rotary else None,
             order_key=order_key,
             noise_keys=row.keys,
@@ -98,8 +109,13 @@ class RawTrunk:
         return {}
 
     def __call__(
-        self, params: Params, row: LabelledRow, order_key: jax.Array, trained: Collection[str]
+        self,
+        params: Params,
+        row: LabelledRow,
+        hierarchy: Hierarchy,
+        order_key: jax.Array,
+        trained: Collection[str],
     ) -> tuple[tuple[jax.Array, ...], Params]:
         """See `Trunk`."""
-        del params, order_key, trained
+        del params, hierarchy, order_key, trained
         return (row.features[:, jnp.array(RAW)],), {}

@@ -19,10 +19,11 @@ Config = Any  # a ConfigDict; type checkers cannot know what its attributes hold
 
 PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
-# Keys that may change when a run is resumed: they change what is written, how fast, and whether the
-# run goes on, not what is computed.
+# Keys that may change when a run is resumed: they change what is written, where, how fast, and
+# whether the run goes on, not what is computed.
 HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
+    *("mesh.fsdp", "mesh.rules", "mesh.smallest", "network.remat", "network.remat_levels"),
     *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
     *("data.held_out.sources", "data.held_out.scenes"),
     *("test.sources", "test.first_grid", "test.votes", "test.submission"),
@@ -34,13 +35,31 @@ HARMLESS = (
 ADDED = {"network.stem": "linear", "network.norm": "layer", "network.pooling": "grid"}
 ADDED |= {"data.images.count": 0, "data.images.height": 224, "data.images.width": 224}
 ADDED |= {"data.images.features": "", "images.height": 30, "images.width": 40}
-ADDED |= {"images.dtype": "float32", "images.layers": []}
+ADDED |= {"images.dtype": "float32", "images.layers": [], "head": "random"}
+ADDED |= {"network.remat_levels": []}
+ADDED |= {"mesh.fsdp": 1, "mesh.rules": [["", "largest"]], "mesh.smallest": 65_536}
 
 OPTIONAL = ("schedule",)  # sections that only some objectives read
 
 _POSITIVE, _COUNT = limits.number(above=0), limits.whole(1)
 _SHARES = limits.each(limits.PROBABILITY, "first", "last")
 _SIZES = limits.each(_POSITIVE, "first", "last")
+
+
+def _is_rule(value: Any) -> bool:
+    try:
+        pattern, cut = value
+        re.compile(pattern)
+    except (TypeError, ValueError, re.error):
+        return False
+    return cut in ("largest", "whole") or (isinstance(cut, int) and not isinstance(cut, bool))
+
+
+_RULES = limits.each(
+    limits.Limit(
+        _is_rule, "a regular expression and 'largest', 'whole' or a dimension, as in ('kernel$', 1)"
+    )
+)
 LIMITS = {
     "seed": limits.whole(0, 2**31 - 1),
     "train.steps": _COUNT,
@@ -67,6 +86,9 @@ LIMITS = {
     "schedule.momentum": _SHARES,
     "checkpoint.every": _COUNT,
     "checkpoint.keep": _COUNT,
+    "mesh.fsdp": _COUNT,
+    "mesh.rules": _RULES,
+    "mesh.smallest": limits.whole(0),
 }
 
 
@@ -116,7 +138,16 @@ def default_config() -> Config:
     checkpoint.every = 1000
     checkpoint.keep = 2
 
-    for section in (train, optim, schedule, checkpoint):
+    # How the state lies on the devices: changes memory and traffic, not what is computed.
+    config.mesh = mesh = ConfigDict()
+    mesh.fsdp = 1  # so many neighbouring devices share one copy of the state; 1: each has its own
+    # Of each (regular expression, dimension) the first that is found in a parameter's path, as in
+    # "backbone.enc.stage0.blocks.qkv.kernel", says along which dimension it is cut: a number,
+    # "largest" (of those that fsdp divides; whole if there is none) or "whole". Without any: whole.
+    mesh.rules = (("", "largest"),)
+    mesh.smallest = 65_536  # numbers; smaller parameters, and vectors, stay whole in any case
+
+    for section in (train, optim, schedule, checkpoint, mesh):
         section.lock()
     return config
 

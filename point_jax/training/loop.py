@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from point_jax.training import checkpoint, mesh, metrics
+from point_jax.training import checkpoint, mesh, metrics, sharding
 from point_jax.training.config import (
     Config,
     ConfigError,
@@ -54,6 +54,7 @@ def train(
     load_frozen: Callable[[Any], dict[str, Any]] | None = None,
     prepare_pictures: Callable[[], WritePictures] | None = None,
     prepare_measure: Callable[[], Measure] | None = None,
+    measure_every: int = 1,
 ) -> int:
     """Trains an objective; starts, resumes or only reports, depending on what the folder holds.
 
@@ -61,12 +62,14 @@ def train(
     only then; it binds the run from its first checkpoint on.
 
     Args:
-        config: the whole config; read here are `seed`, `init_from`, `train`, `checkpoint`, `data`.
+        config: the whole config; read here are `seed`, `init_from`, `train`, `checkpoint`, `mesh`,
+            `data`.
         workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `pictures/`.
         objective: has `init(key) -> (student, teacher)` and `scenes_per_row`; the rest is between
             it and `make_step`.
         make_step: `(objective, config, mesh) -> step`, and `step(state, batch, schedule, key) ->
-            (state, metrics)` is jitted. `batch` holds global arrays (B, ...) split over the mesh,
+            (state, metrics)` is jitted. The state comes and goes as `sharding.shardings` says,
+            `batch` holds global arrays (B, ...) split over the mesh,
             `schedule` float32 scalars, `key` is the run's. `metrics` is a flat dict of float32
             scalars on the device with `loss`, `bad_steps` and `bad_steps_in_a_row` as in the new
             state, and `points`, the number of points of all scenes, for the speed.
@@ -82,8 +85,9 @@ def train(
             teacher's parameters, the trained teacher's, and the folder. A run whose pictures fail
             says so and has finished.
         prepare_measure: called by the first process before the first step, to load what it measures
-            on. It gives a function of (step, the teacher's parameters) that is called after every
-            step: what it returns joins the step's metrics, {} most of the time.
+            on. It gives a function of (step, the teacher's parameters): what that returns joins the
+            step's metrics.
+        measure_every: steps from one such call to the next; 0 for none.
 
     Returns:
         0 when the run has finished; 143 or 130 when it was stopped by SIGTERM or Ctrl-C and saved.
@@ -96,7 +100,7 @@ def train(
         # ---- The run's folder: check before anything expensive, never mix two runs.
         check_config(config)
         steps, scenes = config.train.steps, config.train.batch
-        devices = mesh.data_mesh()
+        devices = mesh.data_mesh(config.mesh.fsdp)
         mesh.check_batch(scenes, devices, objective.scenes_per_row)
         first = jax.process_index() == 0
         say = functools.partial(print, flush=True) if first else _ignore
@@ -118,11 +122,14 @@ def train(
                 measure = prepare_measure() if prepare_measure else None
         everywhere = mesh.replicated(devices)
         key = jax.jit(jax.random.key, out_shardings=everywhere)(np.uint32(config.seed))
-        make_state = jax.jit(lambda key: init_state(objective, key), out_shardings=everywhere)
+        shapes = jax.eval_shape(lambda key: init_state(objective, key), key)
+        lie = sharding.shardings(shapes, config.mesh, devices)
+        make_state = jax.jit(lambda key: init_state(objective, key), out_shardings=lie)
         template = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-            jax.eval_shape(make_state, key),
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, lie
         )
+        # Slices are joined by all processes, though one alone writes.
+        whole = jax.jit(lambda tree: tree, out_shardings=everywhere)
         initial = frozen = {}
         parts = {name: template[name] for name in ("student", "teacher")}
         if config.init_from and not saved_before:
@@ -226,9 +233,11 @@ def train(
                 if pending is not None:
                     log(*pending)  # of the step before: the devices are busy with the next one
                 pending = number, values, scheduled
-                if measure is not None:
+                if prepare_measure and measure_every and number % measure_every == 0:
                     with clock.paused():
-                        found = measure(number, state["teacher"])
+                        teacher = whole(state["teacher"])
+                        found = measure(number, teacher) if measure is not None else {}
+                        del teacher
                     if found:
                         measured[number] = found
                 if number % config.checkpoint.every == 0 or number == steps:
@@ -236,17 +245,17 @@ def train(
             checkpoints.wait()
 
         # ---- The result.
+        parts = whole({name: state[name] for name in ("student", "teacher")})
         if write_pictures is not None:
             try:
                 (workdir / PICTURES).mkdir(exist_ok=True)
                 fresh = jax.jit(lambda key: init_state(objective, key)["teacher"])
                 untrained = fresh(jax.random.key(config.seed))
-                write_pictures(untrained, state["teacher"], workdir / PICTURES)
+                write_pictures(untrained, parts["teacher"], workdir / PICTURES)
             except Exception as error:  # the training is complete, whatever fails here
                 fault = f"{type(error).__name__}: {error}"
                 print("error: no pictures:", " ".join(fault.split()), file=sys.stderr)
         if writer is not None:
-            parts = {name: state[name] for name in ("student", "teacher")}
             digest = metrics.params_digest(parts)
             writer.event("done", steps, params_digest=digest)
     # Every file is closed, the bar is gone.

@@ -1,9 +1,18 @@
-"""Devices and processes: one mesh axis, `data`, over all devices of all processes."""
+"""Devices and processes: a mesh of all devices of all processes, with the axes `data` and `fsdp`.
+
+Scenes are split over both. The devices along `fsdp` share one copy of the state (`sharding`); along
+`data` that copy is repeated.
+"""
 
 import glob
 import importlib.util
 import os
-from collections.abc import Mapping
+import re
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,57 +20,150 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from point_jax.training.config import ConfigError
 
-AXIS = "data"
+DATA, FSDP = "data", "fsdp"
 
 
-def _several_processes(env: Mapping[str, str]) -> bool:
-    """Whether the environment says that this process is one of several of a JAX job."""
+@dataclass(frozen=True)
+class Job:
+    """What the command line says of the processes of a job; None where it says nothing.
+
+    Attributes:
+        coordinator: host:port of the first process, reached by all.
+        processes: of the job; 1 keeps a process to itself, whatever the environment says.
+        process: this one's number, from 0.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+def start_processes(job: Job = Job(), env: Mapping[str, str] = os.environ) -> None:
+    """Joins this process to the others of its job; does nothing when there are no others.
+
+    Under SLURM (inside `srun`), Open MPI, GKE and other Kubernetes with indexed jobs, and on TPU
+    slices, JAX finds the others by itself. Elsewhere every process is told: `job`, or
+    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. What is told wins over
+    what is found. Call it before anything touches a device.
+
+    Raises:
+        ConfigError: only a part of the three is given, or they do not fit together.
+    """
+    told = _told(job, env)
+    if told.processes == 1:
+        return
+    if told.processes is not None:
+        jax.distributed.initialize(told.coordinator, told.processes, told.process)
+    elif found := _found(env):
+        devices = _all_of_a_host(env) if found in ("SLURM", "Open MPI") else None
+        jax.distributed.initialize(local_device_ids=devices)
+
+
+def which_process() -> str:
+    """For messages: " of process 3 of 8 on HOST"; nothing where there is only one."""
+    if not jax.distributed.is_initialized():
+        return ""
+    return f" of process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+
+
+def _told(job: Job, env: Mapping[str, str]) -> Job:
+    """What command line and environment say, whole or nothing; the command line comes first."""
+    names = {
+        "coordinator": "JAX_COORDINATOR_ADDRESS",
+        "processes": "JAX_NUM_PROCESSES",
+        "process": "JAX_PROCESS_ID",
+    }
+    given = vars(job)
+    if all(value is None for value in given.values()):
+        # Launchers set the address beside what JAX finds: then it is only where to look.
+        if names["processes"] not in env and _found(env):
+            return job
+        given = {key: env.get(name) for key, name in names.items()}
+        if given["coordinator"] is None:
+            return job
+    said = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+    if given["processes"] in (1, "1"):
+        return Job(processes=1)
+    missing = [f"--{key} (or {names[key]})" for key, value in given.items() if value is None]
+    if missing:
+        raise ConfigError(f"{said}: of several processes each needs {' and '.join(missing)} too")
+    try:
+        number, index = int(str(given["processes"])), int(str(given["process"]))
+    except ValueError as error:
+        raise ConfigError(f"{said}: processes and process must be whole numbers") from error
+    if not 0 <= index < number:
+        raise ConfigError(f"{said}: expected a process from 0 to {number - 1}")
+    address = str(given["coordinator"])
+    if not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(f"{said}: expected a coordinator HOST:PORT, as in {address}:1234")
+    return Job(address, number, index)
+
+
+def _found(env: Mapping[str, str]) -> str:
+    """What in the environment says that this process is one of several of a JAX job; "" if nothing.
+
+    JAX's own detection is for jobs: on a laptop or in a batch script it would fail or wait.
+    """
 
     def count(name: str) -> int:
         return int(env[name]) if env.get(name, "").isdigit() else 1
 
     # Inside `sbatch` without `srun` there are SLURM_NTASKS tasks on paper and one process.
-    if count("SLURM_STEP_NUM_TASKS") > 1 or count("OMPI_COMM_WORLD_SIZE") > 1:
-        return True
-    if "tpu" not in env.get("JAX_PLATFORMS", "tpu") or not importlib.util.find_spec("libtpu"):
-        return False
-    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
-    if "," in hosts or count("MEGASCALE_NUM_SLICES") > 1:
-        return True
-    # A TPU virtual machine learns of its pod from the metadata server, not from the environment.
-    # JAX asks it; that works on a pod of one host too.
-    on_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
-    return on_tpu and "TPU_SKIP_MDS_QUERY" not in env
+    if count("SLURM_STEP_NUM_TASKS") > 1:
+        return "SLURM"
+    if count("OMPI_COMM_WORLD_SIZE") > 1:
+        return "Open MPI"
+    if "tpu" in env.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu"):
+        hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES", "")
+        if "," in hosts or count("MEGASCALE_NUM_SLICES") > 1:
+            return "GKE"
+        # A TPU virtual machine learns of its pod from the metadata server, not from the
+        # environment. JAX asks it; that works on a pod of one host too.
+        on_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+        if on_tpu and "TPU_SKIP_MDS_QUERY" not in env and not hosts:
+            return "TPU"
+    # An indexed job; how many pods it has, JAX asks the cluster.
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= env.keys() and not env.get(
+        "TPU_WORKER_HOSTNAMES"
+    ):
+        if importlib.util.find_spec("kubernetes"):
+            return "Kubernetes"
+        print(
+            "this pod of an indexed job works alone: to join it to the others install jax[k8s], or "
+            "give every pod --coordinator=HOST:PORT --processes=N --process=$JOB_COMPLETION_INDEX",
+            file=sys.stderr,
+            flush=True,
+        )
+    return ""
 
 
-def start_processes(env: Mapping[str, str] = os.environ) -> None:
-    """Joins this process to the others of the job; does nothing when there are no others.
+def _all_of_a_host(env: Mapping[str, str]) -> list[int] | None:
+    """The GPUs of a process that is alone on its host; None where processes share a host.
 
-    SLURM steps, Open MPI, GKE and TPU pods are found by JAX. By hand, give every process
-    JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Call it before
-    anything touches a device.
-
-    Raises:
-        ConfigError: JAX_COORDINATOR_ADDRESS is set and the other two are not.
+    JAX gives a process of SLURM or Open MPI the one GPU that has the process's number on the host,
+    and would leave the others of the host idle.
     """
-    if "JAX_COORDINATOR_ADDRESS" in env and not _several_processes(env):
-        try:
-            number, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
-        except (KeyError, ValueError) as error:
-            raise ConfigError(
-                "JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
-                f"integers too ({type(error).__name__}: {error})"
-            ) from error
-        jax.distributed.initialize(env["JAX_COORDINATOR_ADDRESS"], number, index)
-    elif _several_processes(env):
-        jax.distributed.initialize()
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", tasks)
+    gpus = [part for part in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    number = len(gpus) or int(env.get("SLURM_GPUS_ON_NODE", "0") or 0)
+    if not alone or not number or "JAX_LOCAL_DEVICE_IDS" in env:
+        return None
+    return list(range(number))
 
 
-def data_mesh() -> Mesh:
-    """All devices along one axis `data`, each process's devices together, in a fixed order.
+def data_mesh(fsdp: int = 1) -> Mesh:
+    """All devices as a mesh (`data`, `fsdp`), in a fixed order.
+
+    The devices of a process are together, and so are those of a slice of TPUs: the ones that share
+    a copy of the state are neighbours, and a process's scenes are those of its own devices.
+
+    Args:
+        fsdp: how many devices share a copy of the state.
 
     Raises:
-        ConfigError: JAX finds no device of the platform that it is told to use.
+        ConfigError: JAX finds no device of the platform that it is told to use, or their number is
+            not a multiple of `fsdp`.
     """
     try:
         devices = jax.devices()
@@ -72,12 +174,26 @@ def data_mesh() -> Mesh:
             f"JAX finds no device with JAX_PLATFORMS={wanted}{why}: install JAX for that "
             "accelerator, as in pip install -e '.[cuda13]', or unset JAX_PLATFORMS"
         ) from error
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    return Mesh(np.array(devices), (AXIS,))
+    return arrange(devices, fsdp)
+
+
+def arrange(devices: Sequence[Any], fsdp: int = 1) -> Mesh:
+    """The same of given devices, e.g. those of a topology that is not here."""
+    if len(devices) % fsdp:
+        number = len(devices)
+        fitting = [n for n in range(1, number + 1) if number % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - fsdp))
+        raise ConfigError(
+            f"config.mesh.fsdp={fsdp} does not divide {number} devices; use {nearest}"
+        )
+    ordered = sorted(
+        devices, key=lambda at: (getattr(at, "slice_index", 0) or 0, at.process_index, at.id)
+    )
+    return Mesh(np.array(ordered).reshape(-1, fsdp), (DATA, FSDP))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: a whole copy on every device."""
+    """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -109,12 +225,12 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], scenes: int) -> dict[
         scenes: scenes of the global batch, B.
 
     Returns:
-        Global arrays (B, ...), split over the mesh's axis.
+        Global arrays (B, ...), split over the mesh's axes.
 
     Raises:
         ValueError: the processes' scenes do not add up to the global batch.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (scenes, *array.shape[1:]))
         for name, array in batch.items()

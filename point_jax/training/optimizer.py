@@ -5,12 +5,12 @@ corrects the bias with the current beta1, in float64: `1 - 0.999 ** 1` in float3
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 Tree = Any  # nested dicts of arrays
@@ -58,14 +58,26 @@ def layer_scales(params: Tree, decay: float, blocks: float = 1.0) -> Tree:
     return scales
 
 
-def clip_by_global_norm(grads: Tree, limit: float) -> tuple[Tree, jax.Array]:
+def add_leaves(scalars: Tree) -> jax.Array:
+    """The sum of a tree of numbers, one of each leaf of another tree."""
+    return sum(jax.tree.leaves(scalars), jnp.zeros(()))
+
+
+def clip_by_global_norm(
+    grads: Tree, limit: float, total: Callable[[Tree], jax.Array] = add_leaves
+) -> tuple[Tree, jax.Array]:
     """PyTorch's `clip_grad_norm_`: all gradients times min(1, limit / (norm + 1e-6)).
+
+    Args:
+        grads: gradients, or what this device has of them.
+        limit: of the norm.
+        total: adds up what is computed of each leaf, over the devices too if they have slices.
 
     Returns:
         The scaled gradients and the norm before scaling; the norm is not finite exactly when some
         gradient is not (or the sum of squares overflows).
     """
-    norm = optax.tree.norm(grads)
+    norm = jnp.sqrt(total(jax.tree.map(lambda grad: (grad * grad).sum(), grads)))
     factor = jnp.minimum(1.0, limit / (norm + 1e-6))
     return jax.tree.map(lambda grad: grad * factor, grads), norm
 
@@ -84,6 +96,7 @@ def adamw(
     beta2: float = 0.999,
     eps: float = 1e-8,
     good: ArrayLike = True,
+    total: Callable[[Tree], jax.Array] = add_leaves,
 ) -> tuple[Tree, Tree, Tree, jax.Array]:
     """One AdamW update (arXiv:1711.05101) by the rule of `torch.optim.AdamW`.
 
@@ -100,6 +113,7 @@ def adamw(
         scales: factors from `layer_scales`.
         beta2, eps: constants, Python floats.
         good: () bool; where False nothing changes, whatever the gradients hold.
+        total: as in `clip_by_global_norm`; the trees may be slices then.
 
     Returns:
         The new params, mu and nu, and the length of the step, () float32, without weight decay.
@@ -121,7 +135,7 @@ def adamw(
     found = jax.tree.map(update, params, grads, mu, nu, scales)
     outer, inner = jax.tree.structure(params), jax.tree.structure((0,) * 4)
     params, mu, nu, squares = jax.tree.transpose(outer, inner, found)
-    return params, mu, nu, jnp.sqrt(sum(jax.tree.leaves(squares)))
+    return params, mu, nu, jnp.sqrt(total(squares))
 
 
 def in_place(*arrays: jax.Array) -> tuple[jax.Array, ...]:

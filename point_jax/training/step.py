@@ -2,7 +2,14 @@
 
 Each device makes the rows of its scenes, the targets are settled across devices (Sinkhorn's sums,
 how many points have a label), the loss is differentiated piece by piece, and one sum over the mesh
-joins gradients and statistics.
+joins gradients and statistics. Each row is a micro-batch: gradients accumulate from piece to piece,
+and a device's activations are those of one piece however many scenes it has.
+
+Where devices share a copy of the state (`sharding`), a step gathers the teacher before the targets
+and the student before the first piece, and adds the gradient up into slices at the end: whole
+arrays live as long as they are read, and what stays between steps, the optimizer's work and the
+moving average are on slices. Gathering for every piece instead would move as much again for each
+of them, and save a copy of the student and of its gradient: little beside a piece's activations.
 """
 
 from collections.abc import Callable
@@ -13,11 +20,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from point_jax.objectives.interface import Objective
+from point_jax.training import sharding
 from point_jax.training.config import Config
 from point_jax.training.optimizer import adamw, clip_by_global_norm, layer_scales
 from point_jax.training.state import State
-
-AXIS = "data"
 
 
 def make_train_step(
@@ -27,22 +33,26 @@ def make_train_step(
 
     Args:
       objective: what to learn.
-      config: read is `optim` (lr_decay, block_lr, clip, beta2, eps).
-      mesh: one axis, `data`.
+      config: read are `optim` (lr_decay, block_lr, clip, beta2, eps) and `mesh`.
+      mesh: scenes are split over all of its axes; those along `fsdp`, if there is one, share a copy
+        of the state.
 
     Returns:
-      `step(state, batch, schedule, key) -> (state, metrics)`, jitted; the state is donated. `batch`
-      has a leading axis of the scenes of all devices, `schedule` float32 scalars, `key` is the
-      run's (an argument: another seed compiles nothing anew), `metrics` are () float32. A step
-      whose loss or gradient is not finite, or without any scene, changes nothing but the counters.
+      `step(state, batch, schedule, key) -> (state, metrics)`, jitted; the state is donated and lies
+      as `sharding.shardings` says. `batch` has a leading axis of the scenes of all devices,
+      `schedule` float32 scalars, `key` is the run's (an argument: another seed compiles nothing
+      anew), `metrics` are () float32. A step whose loss or gradient is not finite, or without any
+      scene, changes nothing but the counters.
     """
     optim = config.optim.copy_and_resolve_references()
+    section = config.mesh.copy_and_resolve_references()
+    axes = tuple(mesh.axis_names)
 
-    def gradients(student, teacher, batch, key, schedule):
+    def gradients(student, teacher, batch, key, schedule, cut):
         """Gradient of the mean loss over the global batch, its rows, and sums for the metrics."""
         count = batch["count"].shape[0] // objective.scenes_per_row
         batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        slot = jax.lax.axis_index(AXIS) * count + jnp.arange(count)
+        slot = jax.lax.axis_index(axes) * count + jnp.arange(count)
         row_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, 0), slot)
         pass_key = jax.random.fold_in(key, 1)
 
@@ -51,7 +61,9 @@ def make_train_step(
 
         rows, stats = jax.lax.map(prepare, (batch, row_keys))
         stats = jax.tree.map(lambda x: x.sum(0), stats)
-        targets = objective.targets(teacher, rows, pass_key, schedule, AXIS)
+        teacher = sharding.gather(teacher, cut["teacher"], objective.read_as)
+        targets = objective.targets(teacher, rows, pass_key, schedule, axes)
+        student = sharding.gather(student, cut["student"], objective.read_as)
 
         def add_piece(total, piece):
             (_, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(
@@ -63,22 +75,19 @@ def make_train_step(
         grads, sums = jax.lax.scan(add_piece, none, targets.pieces)
         count, loss_stats = jax.tree.map(lambda x: x.sum(0), sums)
 
-        sums = (grads, count, {**stats, **targets.stats, **loss_stats})
-        grads, count, stats = jax.lax.psum(sums, AXIS)
+        sums = count, {**stats, **targets.stats, **loss_stats}
+        grads, (count, stats) = sharding.reduce(grads, cut["student"], sums, axes)
         return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads), count, stats
 
-    sharded = jax.shard_map(
-        gradients, mesh=mesh, in_specs=(P(), P(), P(AXIS), P(), P()), out_specs=P(), check_vma=False
-    )
-
     @jax.named_scope("optimizer")
-    def step(
-        state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array], key: jax.Array
-    ):
-        key = jax.random.fold_in(key, state["step"])
-        grads, count, stats = sharded(state["student"], state["teacher"], batch, key, schedule)
+    def update(state, grads, count, stats, schedule, cut):
+        """The state after a step, of what this device has of it and of the gradient."""
+
+        def total(scalars):
+            return sharding.total(scalars, cut["student"])
+
         metrics = objective.metrics(stats)
-        clipped, norm = clip_by_global_norm(grads, optim.clip)
+        clipped, norm = clip_by_global_norm(grads, optim.clip, total)
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & (count > 0)
         bad = state["bad_steps"]
         student, mu, nu, length = adamw(
@@ -94,6 +103,7 @@ def make_train_step(
             beta2=optim.beta2,
             eps=optim.eps,
             good=good,
+            total=total,
         )
         teacher = objective.follow(state["teacher"], student, stats, schedule, good)
         new: State = {"student": student, "teacher": teacher, "mu": mu, "nu": nu}
@@ -108,5 +118,26 @@ def make_train_step(
         metrics["bad_steps"] = new["bad_steps"]["total"].astype(jnp.float32)
         metrics["bad_steps_in_a_row"] = new["bad_steps"]["in_a_row"].astype(jnp.float32)
         return new, {name: jnp.asarray(v, jnp.float32) for name, v in metrics.items()}
+
+    def step(
+        state: State, batch: dict[str, jax.Array], schedule: dict[str, jax.Array], key: jax.Array
+    ):
+        trees = {name: state[name] for name in sharding.TREES}
+        cut = sharding.cuts(trees, section, sharding.fsdp_size(mesh))
+        lie = sharding.specs(state, section, mesh)
+
+        def on_device(state, batch, schedule, key):
+            key = jax.random.fold_in(key, state["step"])
+            student, teacher = state["student"], state["teacher"]
+            found = gradients(student, teacher, batch, key, schedule, cut)
+            return update(state, *found, schedule, cut)
+
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(lie, P(axes), P(), P()),
+            out_specs=(lie, P()),
+            check_vma=False,
+        )(state, batch, schedule, key)
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,132 @@
+"""Processes of a job: found or told, one of them writes, each says what ends it."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+import toy_run
+
+from launch.command import split_job
+from point_jax.training import mesh
+from point_jax.training.config import ConfigError
+from point_jax.training.mesh import Job, start_processes
+from point_jax.training.metrics import read_metrics
+
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+PODS = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
+GKE_TPU = PODS | {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "tpu"}
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "first:1234"}
+TOLD = ADDRESS | {"JAX_NUM_PROCESSES": "8", "JAX_PROCESS_ID": "7"}
+FOUND = {"local_device_ids": None}
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """What `jax.distributed.initialize` is called with for an environment; None if it is not."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a or k))
+    have = {"libtpu", "kubernetes"}
+    monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: name in have or None)
+
+    def run(env, job=Job(), missing=()):
+        have.difference_update(missing)
+        start_processes(job, env)
+        return calls.pop() if calls else None
+
+    return run
+
+
+@pytest.mark.parametrize("env", [{}, {"SLURM_NTASKS": "4"}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_process_alone_stays_alone(start, env):
+    """On a laptop, in a batch script outside `srun`, in a step of one task."""
+    assert start(env) is None
+
+
+@pytest.mark.parametrize("env", [SLURM, OPEN_MPI, PODS, GKE_TPU, SLURM | ADDRESS])
+def test_jobs_are_found(start, env):
+    assert start(env) == FOUND
+
+
+def test_a_process_alone_on_its_host_has_all_of_its_gpus(start):
+    alone = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_GPUS_ON_NODE": "8"}
+    assert start(alone) == {"local_device_ids": list(range(8))}
+    assert start(alone | {"CUDA_VISIBLE_DEVICES": "2,3"}) == {"local_device_ids": [0, 1]}
+    assert start(alone | {"JAX_LOCAL_DEVICE_IDS": "4"}) == FOUND
+    assert start(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}) == FOUND  # no GPUs
+
+
+def test_what_is_told_wins(start):
+    assert start(TOLD) == start(TOLD | SLURM) == ("first:1234", 8, 7)
+    told = Job("here:1", 2, 0)
+    assert start({}, told) == start(TOLD | SLURM, told) == ("here:1", 2, 0)
+    assert start(SLURM, Job(processes=1)) is None
+
+
+def test_a_pod_that_cannot_ask_its_cluster_says_so(start, capsys):
+    assert start(PODS, missing=["kubernetes"]) is None
+    assert "install jax[k8s], or give every pod --coordinator" in capsys.readouterr().err
+    told = PODS | ADDRESS | {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    assert start(told) == ("first:1234", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("env", "job", "said"),
+    [
+        (ADDRESS, Job(), r"coordinator=first:1234: .* --processes \(or JAX_NUM_PROCESSES\) and"),
+        ({}, Job("a:1", 2), r"coordinator=a:1, processes=2: .* --process \(or JAX_PROCESS_ID\)"),
+        ({}, Job(process=1), "needs --coordinator .* and --processes"),
+        ({}, Job("a:1", 2, 2), "process=2: expected a process from 0 to 1"),
+        ({}, Job("a", 2, 1), "expected a coordinator HOST:PORT, as in a:1234"),
+        (TOLD | {"JAX_PROCESS_ID": "x"}, Job(), "processes and process must be whole numbers"),
+    ],
+)
+def test_half_of_a_job_is_refused(start, env, job, said):
+    with pytest.raises(ConfigError, match=said):
+        start(env, job)
+
+
+def test_the_command_line_tells():
+    argv = ["train", "--config=a.py", "--coordinator=a:1", "--processes=2", "--process=1", "--x=3"]
+    assert split_job(argv) == (["train", "--config=a.py", "--x=3"], Job("a:1", 2, 1))
+    with pytest.raises(ConfigError, match="invalid int value: 'two'"):
+        split_job(["train", "--processes=two"])
+
+
+def together(workdir, *arguments):
+    """Two processes of the toy, one device each: their exit codes, outputs and errors."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        job = f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"
+    command = [sys.executable, toy_run.__file__, f"--config={toy_run.__file__}"]
+    children = [
+        subprocess.Popen(
+            [*command, f"--workdir={workdir}", *job, f"--process={i}", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        said = [child.communicate(timeout=300) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *both) for child, both in zip(children, said, strict=True)]
+
+
+def test_one_process_writes_and_each_says_what_ends_it(tmp_path):
+    first, second = together(tmp_path, "--config.train.steps=6")
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "training on 2 cpu device(s)" in first[1] and "finished: 6 steps" in first[1]
+    assert "step" not in second[1] and "finished" not in second[1]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 7), 6]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+    ends = together(tmp_path / "bad", "--config.data.nan=(2,12)", "--config.train.steps=12")
+    for number, (code, _, error) in enumerate(ends):
+        wanted = f"error of process {number} of 2 on {socket.gethostname()}: 3 steps in a row"
+        assert code == 1 and wanted in error, error
+    assert os.listdir(tmp_path / "bad" / "checkpoints")
