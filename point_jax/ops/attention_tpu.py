@@ -1,8 +1,8 @@
 """Patch attention on TPUs, forward and backward (Pallas, Mosaic).
 
-One program does a patch and as many heads as fill the 128 lanes: 8 of 16 channels. It reads queries,
-keys and values as columns of (S, 3 H D), where the projection wrote them, and a head's patch of
-K x K scores never leaves the chip's own memory.
+One program does a patch and as many heads as fill the 128 lanes: 8 of 16 channels. It reads
+queries, keys and values as columns of (S, 3 H D), where the projection wrote them, and a head's
+patch of K x K scores never leaves the chip's own memory.
 
 Heads of 16 channels waste a matrix unit of 128 x 128. What decides the form is that a unit takes
 in a tile of 128 x 128 weights in a quarter of the time in which 128 rows stream through it:
@@ -107,6 +107,9 @@ class _Form(NamedTuple):
     def by_head(self, dtype) -> pltpu.VMEM:
         return pltpu.VMEM((self.here, self.heads, self.channels, self.width), dtype)
 
+    def rows(self) -> pltpu.VMEM:
+        return pltpu.VMEM((self.here, self.heads, 1, self.width), jnp.float32)
+
     def by_slot(self, dtype) -> pltpu.VMEM:
         return pltpu.VMEM((self.here, self.width, self.lanes), dtype)
 
@@ -157,14 +160,17 @@ def _loop(stop, body, start=0):
 
 
 def _forward_kernel(form, count, first, last, segment, *refs):
-    thirds, (out, lse), scratch = refs[:-7], refs[-7:-5], refs[-5:]
-    queries, keys, values, columns, mixed = scratch
+    thirds, (out, lse), scratch = refs[:-8], refs[-8:-6], refs[-6:]
+    queries, keys, values, columns, mixed, levels = scratch
     patch = pl.program_id(0)
-    _segment_columns(segment, columns)
-    for c in range(form.here):
-        q, k, v = (_without_empty(form.read(thirds, t, c), columns) for t in range(3))
-        queries[c], keys[c] = q.astype(queries.dtype), k.astype(keys.dtype)
-        _write_by_head(form, values, c, v)
+
+    @pl.when(patch < count[0])
+    def _():
+        _segment_columns(segment, columns)
+        for c in range(form.here):
+            q, k, v = (_without_empty(form.read(thirds, t, c), columns) for t in range(3))
+            queries[c], keys[c] = q.astype(queries.dtype), k.astype(keys.dtype)
+            _write_by_head(form, values, c, v)
 
     def block(i):
         rows = pl.ds(pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
@@ -197,7 +203,7 @@ def _forward_kernel(form, count, first, last, segment, *refs):
                 mixed[c, h] = jnp.where(own >= 0, sums / total, 0)
                 # so that an empty slot's weights are zeros in the backward pass
                 level = jnp.where(own >= 0, top * form.scale + jnp.log(total), -NEVER)
-                lse[c, pl.ds(h, 1), rows] = level
+                levels[c, h, :, rows] = level
 
         _loop(form.here, lambda c: _loop(form.heads // form.together, partial(group, c)))
         for c in range(form.here):
@@ -206,28 +212,35 @@ def _forward_kernel(form, count, first, last, segment, *refs):
             out[rows, lanes] = _by_slot(heads).astype(out.dtype)
 
     _loop(form.width // BLOCK, block)
+    for c in range(form.here):
+        for h in range(form.heads):
+            lse[c, h : h + 1] = levels[c, h]
 
 
 def _backward_kernel(form, count, first, last, segment, *refs):
-    scratch = refs[-10:]
-    thirds, (g, out, lse, grads_out) = refs[:-14], refs[-14:-10]
-    queries, keys, values, slopes, by_q, by_k, by_g, columns, fall, grads = scratch
-    patch, times = pl.program_id(0), pl.program_id(2)
+    scratch = refs[-11:]
+    thirds, (g, out, lse, grads_out) = refs[:-15], refs[-15:-11]
+    queries, keys, values, gradients, by_q, by_k, by_g, columns, levels, falls, grads = scratch
+    patch, turn = pl.program_id(0), pl.program_id(2)
 
-    def load():
+    @pl.when((turn == 0) & (patch < count[0]))
+    def _():
         _segment_columns(segment, columns)
         for c in range(form.here):
             lanes = slice(None) if form.apart else form.at(0, c)
             parts = [form.read(thirds, t, c) for t in range(3)] + [g[:, lanes]]
             parts = [_without_empty(part, columns) for part in parts]
-            for ref, part in zip((queries, keys, values, slopes), parts, strict=True):
+            for ref, part in zip((queries, keys, values, gradients), parts, strict=True):
                 ref[c] = part.astype(ref.dtype)
             for ref, part in zip((by_q, by_k, by_g), (parts[0], parts[1], parts[3]), strict=True):
                 _write_by_head(form, ref, c, part)
             # sum over keys of weight x its gradient, by way of the output
             product = parts[3] * out[:, lanes].astype(jnp.float32)
             each = [_own_lanes(form, h).astype(jnp.float32) for h in range(form.heads)]
-            fall[c] = _dot(jnp.concatenate(each, axis=0), product, _BY_LANES)
+            fall = _dot(jnp.concatenate(each, axis=0), product, _BY_LANES)
+            for h in range(form.heads):
+                levels[c, h] = lse[c, h : h + 1] * LOG2_E
+                falls[c, h] = fall[h : h + 1]
 
     def group(c, g):
         heads = [g * form.together + u for u in range(form.together)]
@@ -238,14 +251,14 @@ def _backward_kernel(form, count, first, last, segment, *refs):
         def block(i):
             rows = pl.ds(pl.multiple_of(i * BLOCK, BLOCK), BLOCK)
             own = segment[0, :, rows]  # (1, queries)
-            q, slope = queries[c, rows], slopes[c, rows]
+            q, slope = queries[c, rows], gradients[c, rows]
             each = [
                 (
                     h,
                     jnp.where(_own_lanes(form, h), q, 0),
                     jnp.where(_own_lanes(form, h), slope, 0),
-                    lse[c, pl.ds(h, 1), rows] * LOG2_E,
-                    fall[c, pl.ds(h, 1), rows],
+                    levels[c, h, :, rows],
+                    falls[c, h, :, rows],
                 )
                 for h in heads
             ]
@@ -253,16 +266,27 @@ def _backward_kernel(form, count, first, last, segment, *refs):
             def step(j, carry):
                 there = pl.ds(pl.multiple_of(j * form.keys, form.keys), form.keys)
                 k, v, same = keys[c, there], values[c, there], columns[there] == own
-                found = []
-                for (h, q, slope, level, drop), dq in zip(each, carry, strict=True):
-                    powers = _dot(k, q, _BY_LANES) * (form.scale * LOG2_E) - level
-                    weights = jnp.exp2(jnp.where(same, powers, NEVER))
-                    change = weights * (_dot(v, slope, _BY_LANES) - drop)
-                    weights, change = (x.astype(k.dtype) for x in (weights, change))
-                    grads[1, c, h, :, there] += _dot(by_q[c, h, :, rows], change, _BY_LANES)
-                    grads[2, c, h, :, there] += _dot(by_g[c, h, :, rows], weights, _BY_LANES)
-                    found.append(dq + _dot(by_k[c, h, :, there], change))
-                return found
+                # All heads step by step, so that the products of one fill the waits of another.
+                scores = [_dot(k, q, _BY_LANES) for _, q, _, _, _ in each]
+                slopes = [_dot(v, slope, _BY_LANES) for _, _, slope, _, _ in each]
+                weights, changes = [], []
+                for (_, _, _, level, drop), score, slope in zip(each, scores, slopes, strict=True):
+                    powers = score * (form.scale * LOG2_E) - level
+                    weight = jnp.exp2(jnp.where(same, powers, NEVER))
+                    changes.append((weight * (slope - drop)).astype(k.dtype))
+                    weights.append(weight.astype(k.dtype))
+                found = [
+                    (
+                        dq + _dot(by_k[c, h, :, there], change),
+                        _dot(by_q[c, h, :, rows], change, _BY_LANES),
+                        _dot(by_g[c, h, :, rows], weight, _BY_LANES),
+                    )
+                    for h, dq, weight, change in zip(heads, carry, weights, changes, strict=True)
+                ]
+                for h, (_, dk, dv) in zip(heads, found, strict=True):
+                    grads[1, c, h, :, there] += dk
+                    grads[2, c, h, :, there] += dv
+                return [dq for dq, _, _ in found]
 
             init = [jnp.zeros((form.channels, BLOCK), jnp.float32)] * len(heads)
             carry = jax.lax.fori_loop(first[patch, i], last[patch, i], step, init)
@@ -276,13 +300,12 @@ def _backward_kernel(form, count, first, last, segment, *refs):
         heads = [grads[t, c, h] * scale for h in range(form.heads)]
         grads_out[:, lanes] = _by_slot(heads).astype(grads_out.dtype)
 
-    @pl.when(times == 0)
+    @pl.when(turn == 0)
     def _():
-        load()
         _loop(form.here, lambda c: _loop(form.heads // form.together, partial(group, c)))
 
     if form.apart:  # queries, keys and values are three blocks of columns: one at a time
-        write(times, 0, slice(None))
+        write(turn, 0, slice(None))
     else:
         for t in range(3):
             for c in range(form.here):
@@ -344,7 +367,7 @@ def forward(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Output (S, H, D) and log-sum-exp (H, S) of `attention.patch_attention`."""
-    slots, _, heads, channels = qkv.shape
+    heads, channels = qkv.shape[2:]
     form, steer, segment = _prepare(width, qkv, segment, narrow, used)
     flat, dtype = _flat(qkv, width), qkv.dtype
     out_block = pl.BlockSpec((form.width, form.here * form.lanes), lambda p, c, *_: (p, c))
@@ -366,6 +389,7 @@ def forward(
             form.by_head(dtype),
             pltpu.VMEM((form.width, _LANES), jnp.int32),
             pltpu.VMEM((form.here, form.heads, form.channels, BLOCK), jnp.float32),
+            form.rows(),
         ],
         interpret,
     )
@@ -387,7 +411,7 @@ def backward(
     interpret: bool = False,
 ) -> jax.Array:
     """Gradient of qkv (S, 3, H, D) from that of the output, with what `forward` returned."""
-    slots, _, heads, channels = qkv.shape
+    heads, channels = qkv.shape[2:]
     form, steer, segment = _prepare(width, qkv, segment, narrow, used)
     dtype = qkv.dtype
     flat, g, out = (_flat(x, width) for x in (qkv, g.astype(dtype), out))
@@ -404,12 +428,17 @@ def backward(
         len(segment),
         turns,
         [*form.inputs(3), *form.inputs(1), *form.inputs(1), _lse_block(form)],
-        [(pl.BlockSpec((form.width, columns), grad_block), jax.ShapeDtypeStruct(flat.shape, dtype))],
+        [
+            (
+                pl.BlockSpec((form.width, columns), grad_block),
+                jax.ShapeDtypeStruct(flat.shape, dtype),
+            )
+        ],
         [
             *(form.by_slot(dtype) for _ in "qkvg"),
             *(form.by_head(dtype) for _ in "qkg"),
             pltpu.VMEM((form.width, _LANES), jnp.int32),
-            pltpu.VMEM((form.here, form.heads, form.width), jnp.float32),
+            *(form.rows() for _ in "lf"),
             pltpu.VMEM((3, form.here, form.heads, form.channels, form.width), jnp.float32),
         ],
         interpret,
