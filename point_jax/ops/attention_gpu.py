@@ -47,8 +47,14 @@ def _read(ref, segment, channels):
 
 
 def _write(ref, values, channels):
+    """Without what fills the channels up."""
     lanes = jnp.broadcast_to((jnp.arange(ref.shape[-1]) < channels)[None], values.shape)
     plgpu.store(ref, values.astype(ref.dtype), mask=lanes)
+
+
+def _third(ref, part):
+    """Queries', keys' or values' gradient: (slots, channels)."""
+    return ref.at[:, jnp.int32(part)]  # interpreted masked stores take no plain int
 
 
 def _forward_kernel(channels, first, last, segment, q_ref, k_ref, v_ref, out, lse):
@@ -96,8 +102,8 @@ def _backward_kernel(channels, first, last, segment, q_ref, k_ref, v_ref, g_ref,
         return dk + _dot(change.astype(q.dtype), q), dv + _dot(weights.astype(g.dtype), g)
 
     dk, dv = jax.lax.fori_loop(first[i], last[i], by_key, (nothing, nothing))
-    _write(grads.at[:, 1], dk * scale, channels)
-    _write(grads.at[:, 2], dv, channels)
+    _write(_third(grads, 1), dk * scale, channels)
+    _write(_third(grads, 2), dv, channels)
     level, drop = (lse[rows] * LOG2_E)[:, None], fall[rows][:, None]
 
     def by_query(j, dq):
@@ -110,7 +116,7 @@ def _backward_kernel(channels, first, last, segment, q_ref, k_ref, v_ref, g_ref,
         return dq + _dot(change.astype(k.dtype), k)
 
     dq = jax.lax.fori_loop(first[i], last[i], by_query, nothing)
-    _write(grads.at[:, 0], dq * scale, channels)
+    _write(_third(grads, 0), dq * scale, channels)
 
 
 def _call(kernel, width, heads, channels, segment, inputs, outputs, interpret):
