@@ -14,6 +14,7 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -130,7 +131,7 @@ def _primitive(name, shapes, loop, kernel):
 
 def _forward_shapes(qkv, segment, *_, clouds, width):
     slots, _, heads, channels = qkv.shape
-    lse = jax.core.ShapedArray((heads, slots), jnp.float32)
+    lse = ShapedArray((heads, slots), jnp.float32)
     return qkv.update(shape=(slots, heads, channels)), lse
 
 

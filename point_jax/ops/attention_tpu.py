@@ -102,7 +102,7 @@ def forward(
     heads, channels = qkv.shape[2:]
     form, steer, segment = _prepare(width, qkv, segment, narrow, used)
     flat, dtype = _flat(qkv, width), qkv.dtype
-    out_block = pl.BlockSpec((form.width, form.here * form.lanes), lambda p, c, *_: (p, c))
+    out_block = form.block((form.width, form.here * form.lanes), lambda p, c, *_: (p, c))
     run = _call(
         forward_kernel,
         form,
@@ -162,7 +162,7 @@ def backward(
         [*form.inputs(3), *form.inputs(1), *form.inputs(1), _lse_block(form)],
         [
             (
-                pl.BlockSpec((form.width, columns), grad_block),
+                form.block((form.width, columns), grad_block),
                 jax.ShapeDtypeStruct(flat.shape, dtype),
             )
         ],

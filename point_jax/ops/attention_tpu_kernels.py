@@ -4,7 +4,7 @@ Shapes in a program: C chunks of N heads of D channels, K slots; lanes are N D.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +64,16 @@ class Form(NamedTuple):
 
         if self.apart:
             block = self.width, self.lanes
-            return [pl.BlockSpec(block, partial(index, part)) for part in range(parts)]
+            return [self.block(block, partial(index, part)) for part in range(parts)]
         block = self.width, parts * self.chunks * self.lanes
-        return [pl.BlockSpec(block, partial(index, 0))]
+        return [self.block(block, partial(index, 0))]
+
+    def block(self, shape, index) -> pl.BlockSpec:
+        """One buffer for all the chunks of a program, two where the next ones can come meanwhile.
+
+        Two of all would not fit the 16 MB of a v4 with 192 channels.
+        """
+        return pl.BlockSpec(shape, index, pipeline_mode=pl.Buffered(1 if self.here > 1 else 2))
 
     def read(self, refs, part: int, chunk: int) -> jax.Array:
         """(K, lanes) of a chunk here."""
@@ -79,13 +86,13 @@ class Form(NamedTuple):
         start = (part * self.chunks + chunk) * self.lanes
         return slice(start, start + self.lanes)
 
-    def by_head(self, dtype) -> pltpu.VMEM:
+    def by_head(self, dtype) -> Any:
         return pltpu.VMEM((self.here, self.heads, self.channels, self.width), dtype)
 
-    def rows(self) -> pltpu.VMEM:
+    def rows(self) -> Any:
         return pltpu.VMEM((self.here, self.heads, 1, self.width), jnp.float32)
 
-    def by_slot(self, dtype) -> pltpu.VMEM:
+    def by_slot(self, dtype) -> Any:
         return pltpu.VMEM((self.here, self.width, self.lanes), dtype)
 
 
