@@ -12,7 +12,8 @@ from point_jax.geometry.patches import patches_used
 from point_jax.measure import work
 from point_jax.models.spec import PTv3Spec, StageSpec
 from point_jax.objectives.sonata_spec import SonataSpec
-from point_jax.ops import attention, conv_pairs
+from point_jax.ops import attention_loop, conv_pairs
+from point_jax.ops.attention import patch_attention
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import points_done
 from point_jax.ops.rowwise import by_rows, rows_done
@@ -171,7 +172,7 @@ def test_loops_run_as_often_as_is_counted(row, monkeypatch):
         return by_rows(layer, weight, jnp.ones((512, 4)), used).sum()
 
     watch(conv_pairs, "_slots", lambda arguments: arguments[-1])
-    watch(attention, "_operands", lambda arguments: arguments[-1])
+    watch(attention_loop, "_operands", lambda arguments: arguments[-1])
     weight = jnp.ones((4, 4))
     gradient = jax.grad(total)
     for used in (0, 128, 130):  # forward and backward
@@ -185,7 +186,7 @@ def test_loops_run_as_often_as_is_counted(row, monkeypatch):
         rest = layout.segment, layout.narrow, layout.used
 
         def attend(qkv, rest=rest, width=layout.width):
-            return attention.patch_attention(3, width, qkv, *rest).sum()
+            return patch_attention(3, width, qkv, *rest).sum()
 
         qkv = jnp.ones((len(layout.segment), 3, 2, 4))
         patches, width = patches_used(counted.sizes, counted.capacity, patch_size)
@@ -199,5 +200,5 @@ def test_padding_of_the_last_block_is_done():
     assert conv_pairs.pairs_done((1, 129), 5000, 384) == (1 + 2) * 128
     assert [points_done(300, used) for used in (0, 1, 300)] == [0, 256, 512]
     # four clouds and empty slots are told apart by 5 columns, which the scores have
-    forward, backward = attention.operations_done(4, 10, 16)
+    forward, backward = attention_loop.operations_done(4, 10, 16)
     assert forward == 200 * (21 + 16) and backward == 200 * (2 * 21 + 5 * 16)

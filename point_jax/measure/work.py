@@ -23,7 +23,7 @@ from point_jax.geometry.patches import patch_shape, patches_used
 from point_jax.models.spec import PTv3Spec, StageSpec
 from point_jax.objectives.sonata import SINKHORN_STEPS
 from point_jax.objectives.sonata_spec import SonataSpec
-from point_jax.ops.attention import operations_done
+from point_jax.ops.attention_loop import operations_done
 from point_jax.ops.conv_pairs import pairs_done
 from point_jax.ops.prototypes import points_done
 from point_jax.ops.rowwise import rows_done

@@ -1,26 +1,25 @@
 """Attention within patches, among slots of one segment, without storing the K x K scores.
 
 The forward pass keeps the output and the log-sum-exp of each query; the backward pass makes the
-scores again (FlashAttention, arXiv:2205.14135). On CPUs one patch and head at a time keeps the
-scores in the cache and the matrix products in their fastest form; patches of padding are never
-visited.
+scores again (FlashAttention, arXiv:2205.14135). Three implementations of this: a loop that suits
+CPUs (`attention_loop`), a kernel for TPUs (`attention_tpu`) and one for GPUs (`attention_gpu`).
+With a table of relative position bias it is the loop everywhere.
 
-XLA fuses product, maximum, exponential and the next product on CPUs as long as nothing stands
-between them, which is three times as fast. So the segments' mask is part of the product (`_marks`),
-and the backward pass makes the scores twice, once as queries x keys and once as keys x queries:
-two more products, and no transposed K x K matrix that would end the fusion.
+The implementation is chosen when a program is lowered, so that a program is traced without
+tracing kernels that its platform does not have.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
-from point_jax.geometry.patches import NARROW
+from point_jax.ops import attention_loop
 
-_NEVER = -1e30  # finite, so that no product with it is NaN
 SAVED = ("attention_out", "attention_lse")  # names of what the backward pass keeps
 
 
@@ -41,8 +40,10 @@ def patch_attention(
       clouds: G, static; segments are below it.
       width: K, slots of a patch, static.
       qkv: (S, 3, H, D), queries, keys and values of every slot, patch after patch.
-      segment: (S,) int32 from -1; a slot attends to the slots of its patch with the same number.
-      narrow: () bool, whether patches have K / 4 slots; None if they never do.
+      segment: (S,) int32 from -1, empty; a slot attends to the slots of its patch with the same
+        number.
+      narrow: () bool, whether patches have K / 4 slots; None if they never do. The slots of a
+        segment then lie in one patch.
       used: () int32, patches in use, the first ones; the others give zeros.
       grid: (S, 3) int32 voxels, for the relative position bias; None for no bias.
       table: (3, R, H) float32, the bias: for each axis by the voxel of the query minus that of the
@@ -50,118 +51,17 @@ def patch_attention(
         scatter-add, in an order that GPUs do not fix.
 
     Returns:
-      (S, H, D), dtype of qkv. Scores, softmax and sums are float32.
+      (S, H, D), dtype of qkv. Empty slots are finite where qkv is, and mean nothing. Scores,
+      softmax and sums are float32; kernels round weights to the dtype of qkv for the products.
     """
     return _forward(clouds, width, qkv, segment, narrow, used, grid, table)[0]
 
 
-def _either(run, width, narrow):
-    """`run(width of a patch)` for the width that the patches have."""
-    if narrow is None:
-        return run(width)
-    return jax.lax.cond(narrow, lambda: run(width // NARROW), lambda: run(width))
-
-
-def operations_done(clouds: int, width: int, channels: int) -> tuple[int, int]:
-    """Operations of one patch and head on CPUs, those of the forward and of the backward pass.
-
-    Args:
-      clouds: G.
-      width: slots of the patch.
-      channels: D, of a head.
-    """
-    base, places = _digits(clouds)
-    plain = 2 * width * width * channels
-    marked = 2 * width * width * (channels + base * len(places))
-    # scores, mixing; scores both ways, their slopes both ways, and three gradients
-    return marked + plain, 2 * marked + 5 * plain
-
-
-def _digits(clouds):
-    """Base and place values of the digits that tell segments apart."""
-    values = clouds + 1  # empty slots have -1
-    base = values if values <= 16 else 4
-    return base, base ** np.arange(int(np.ceil(np.log(values) / np.log(base) - 1e-9)))
-
-
-def _marks(segment, clouds):
-    """Columns for queries and keys (S, M) whose product is 0 in a segment and huge without.
-
-    Adding them to q and k masks the scores inside the product, exactly: within a segment every
-    added term is zero. A segment's number is written in digits, a column for each value of each
-    digit; the query has a one at its own value, the key _NEVER at every other.
-    """
-    base, places = _digits(clouds)
-    digits = ((segment + 1)[:, None] // places[None]) % base  # (S, digits)
-    same = digits[..., None] == np.arange(base)[None, None]
-    same = same.reshape(len(segment), -1)
-    return same.astype(jnp.float32), jnp.where(same, 0.0, _NEVER)
-
-
-def _read(array, patch, width, *index):
-    """Slots of a patch at an index of the next axes: (K, ...)."""
-    start = (patch * width, *index) + (0,) * (array.ndim - 1 - len(index))
-    size = (width,) + (1,) * len(index) + array.shape[1 + len(index) :]
-    return jax.lax.dynamic_slice(array, start, size).reshape(width, *size[1 + len(index) :])
-
-
-def _write(array, values, patch, *index):
-    """Puts (K, ...) where `_read` reads them."""
-    start = (patch * len(values), *index) + (0,) * (array.ndim - 1 - len(index))
-    shape = (len(values),) + (1,) * len(index) + array.shape[1 + len(index) :]
-    return jax.lax.dynamic_update_slice(array, values.reshape(shape).astype(array.dtype), start)
-
-
-def _operands(qkv, marks, p, h, width):
-    """Marked queries, divided by sqrt(D), and marked keys (K, D + M); plain q, k and v (K, D)."""
-    q, k, v = (_read(qkv, p, width, part, h) for part in range(3))
-    on, off = (_read(mark, p, width) for mark in marks)
-    queries = jnp.concatenate([q * q.shape[-1] ** -0.5, on], axis=1)
-    return queries, jnp.concatenate([k, off], axis=1), (q, k, v)
-
-
-def _product(a, b):
-    """(K, D), (K, D) -> (K, K)."""
-    return jnp.dot(a, b.T)
-
-
-def _bias_index(grid, table, p, width):
-    """(3, K, K): the entry of the table that each query and key of a patch read for each axis."""
-    bound = table.shape[1] // 2
-    at = _read(grid, p, width).T  # (3, K)
-    return jnp.clip(at[:, :, None] - at[:, None], -bound, bound) + bound
-
-
-def _bias(grid, table, p, h, width):
-    """(K, K) float32 bias of the scores of one patch and head; 0 without a table."""
-    if table is None:
-        return 0.0
-    index = _bias_index(grid, table, p, width)
-    return sum(table[axis, :, h][index[axis]] for axis in range(3))
-
-
 def _forward(clouds, width, qkv, segment, narrow, used, grid, table):
-    slots, _, heads, channels = qkv.shape
-    dtype, marks = qkv.dtype, _marks(segment, clouds)
-    # Products of bfloat16 are slower on CPUs; accelerators round operands by themselves.
-    qkv = qkv.astype(jnp.float32)
-
-    def run(width):
-        def one(i, carry):
-            out, lse = carry
-            p, h = i // heads, i % heads
-            queries, keys, (_, _, v) = _operands(qkv, marks, p, h, width)
-            scores = _product(queries, keys) + _bias(grid, table, p, h, width)
-            top = scores.max(-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = weights.sum(-1, keepdims=True)
-            out = _write(out, jnp.dot(weights, v) / total, p, h)
-            return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
-
-        init = jnp.zeros((slots, heads, channels), dtype), jnp.zeros((slots, heads))
-        return jax.lax.fori_loop(0, used * heads, one, init)
-
-    return _either(run, width, narrow)
+    if table is not None:
+        return attention_loop.forward(clouds, width, qkv, segment, narrow, used, grid, table)
+    rest = () if narrow is None else (narrow,)
+    return _forward_p.bind(qkv, segment, used, *rest, clouds=clouds, width=width)
 
 
 def _fwd(clouds, width, qkv, segment, narrow, used, grid, table):
@@ -172,37 +72,74 @@ def _fwd(clouds, width, qkv, segment, narrow, used, grid, table):
 
 def _bwd(clouds, width, saved, g):
     qkv, segment, narrow, used, grid, table, out, lse = saved
-    heads, scale, dtype = qkv.shape[2], qkv.shape[-1] ** -0.5, qkv.dtype
-    marks = _marks(segment, clouds)
-    qkv, g = qkv.astype(jnp.float32), g.astype(jnp.float32)
-    # sum over keys of weight x its gradient, by way of the output
-    drop = (g * out.astype(jnp.float32)).sum(-1)
-
-    def run(width):
-        def one(i, grads):
-            dqkv, dtable = grads
-            p, h = i // heads, i % heads
-            queries, keys, (q, k, v) = _operands(qkv, marks, p, h, width)
-            slope, total, fall = (_read(x, p, width, h) for x in (g, lse, drop))
-            bias = _bias(grid, table, p, h, width)
-            by_query = jnp.exp(_product(queries, keys) + bias - total[:, None])
-            by_query *= _product(slope, v) - fall[:, None]
-            if dtable is not None:
-                axes = jnp.arange(3)[:, None, None]
-                index = _bias_index(grid, table, p, width)
-                dtable = dtable.at[axes, index, h].add(by_query[None])
-            weights = jnp.exp(_product(keys, queries) + jnp.transpose(bias) - total[None])
-            by_key = weights * (_product(v, slope) - fall[None])
-            dq, dk = scale * jnp.dot(by_query, k), scale * jnp.dot(by_key, q)
-            for part, grad in enumerate((dq, dk, jnp.dot(weights, slope))):
-                dqkv = _write(dqkv, grad, p, part, h)
-            return dqkv, dtable
-
-        init = jnp.zeros(qkv.shape, dtype), None if table is None else jnp.zeros_like(table)
-        return jax.lax.fori_loop(0, used * heads, one, init)
-
-    dqkv, dtable = _either(run, width, narrow)
-    return dqkv, None, None, None, None, dtable
+    if table is not None:
+        dqkv, dtable = attention_loop.backward(
+            clouds, width, qkv, segment, narrow, used, out, lse, g, grid, table
+        )
+        return dqkv, None, None, None, None, dtable
+    rest = () if narrow is None else (narrow,)
+    dqkv = _backward_p.bind(qkv, segment, used, out, lse, g, *rest, clouds=clouds, width=width)[0]
+    return dqkv, None, None, None, None, None
 
 
 patch_attention.defvjp(_fwd, _bwd)
+
+
+def _forward_loop(qkv, segment, used, narrow=None, *, clouds, width):
+    return attention_loop.forward(clouds, width, qkv, segment, narrow, used)
+
+
+def _backward_loop(qkv, segment, used, out, lse, g, narrow=None, *, clouds, width):
+    return attention_loop.backward(clouds, width, qkv, segment, narrow, used, out, lse, g)[:1]
+
+
+def _kernels(platform: str):
+    """A platform's module. Imported where it is used: Pallas takes a second."""
+    if platform == "tpu":
+        from point_jax.ops import attention_tpu as kernels
+    else:
+        from point_jax.ops import attention_gpu as kernels
+    return kernels
+
+
+def _forward_kernel(platform, qkv, segment, used, narrow=None, *, clouds, width):
+    return _kernels(platform).forward(width, qkv, segment, narrow, used)
+
+
+def _backward_kernel(platform, qkv, segment, used, out, lse, g, narrow=None, *, clouds, width):
+    return [_kernels(platform).backward(width, qkv, segment, narrow, used, out, lse, g)]
+
+
+def _primitive(name, shapes, loop, kernel):
+    """A primitive of several results whose implementation is the platform's."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(shapes)
+
+    @cache
+    def compiled(clouds, width):
+        return jax.jit(partial(primitive.bind, clouds=clouds, width=width))
+
+    primitive.def_impl(lambda *arrays, clouds, width: compiled(clouds, width)(*arrays))
+    mlir.register_lowering(primitive, mlir.lower_fun(loop))
+    for platform in ("tpu", "cuda"):
+        mlir.register_lowering(
+            primitive, mlir.lower_fun(partial(kernel, platform)), platform=platform
+        )
+    return primitive
+
+
+def _forward_shapes(qkv, segment, *_, clouds, width):
+    slots, _, heads, channels = qkv.shape
+    lse = ShapedArray((heads, slots), jnp.float32)
+    return qkv.update(shape=(slots, heads, channels)), lse
+
+
+def _backward_shapes(qkv, *_, clouds, width):
+    return [qkv.update()]
+
+
+_forward_p = _primitive("patch_attention", _forward_shapes, _forward_loop, _forward_kernel)
+_backward_p = _primitive(
+    "patch_attention_gradient", _backward_shapes, _backward_loop, _backward_kernel
+)
