@@ -1,11 +1,15 @@
 """Packed scenes are the scenes of the folders, bit for bit, and say so when they are not."""
 
+import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_pipeline import assert_equal, config, take, tiny_scene
 
@@ -13,7 +17,15 @@ from data_prep import check, pack
 from point_jax.data.checks import SceneError
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.images import Size
-from point_jax.data.packed import INDEX, PackedDataset, decode_arrays, encode_arrays
+from point_jax.data.packed import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    PackedDataset,
+    Shard,
+    decode_arrays,
+    encode_arrays,
+)
 from point_jax.data.pipeline import make_batches
 from point_jax.data.scenes import Dataset, write_dataset_json, write_scene
 from point_jax.data.sources import build_sources
@@ -211,6 +223,32 @@ def test_an_index_that_is_none_is_told(packed, change, message):
     (packed / INDEX).write_text(json.dumps(index | change))
     with pytest.raises(SceneError, match=message):
         PackedDataset(packed, "a")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_an_index_with_any_value_changed_is_read_or_told(data):
+    """Whatever JSON has in the place of a value: an error that names the file, or scenes."""
+    shard = Shard("a.arrayrecord", 9, ["x", "y"], "i.arrayrecord", 7, [[0, 1], None])
+    index = {"format": FORMAT, "version": VERSION, "units": "m", "up": "z", "classes": ["c"]}
+    index |= {"splits": {"a": [dataclasses.asdict(shard)]}}
+    entry = data.draw(st.sampled_from([index, index["splits"], index["splits"]["a"][0]]))
+    leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+    value = data.draw(st.recursive(leaf, lambda inner: st.lists(inner, max_size=2), max_leaves=4))
+    entry[data.draw(st.sampled_from([*entry, "more"]))] = value
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / INDEX).write_text(json.dumps(index))
+        for name, size in (("a", 9), ("i", 7)):
+            (Path(folder) / f"{name}.arrayrecord").write_bytes(b"?" * size)
+        try:
+            scenes = PackedDataset(folder, "a")
+        except SceneError as error:
+            told = str(error)
+        else:
+            with pytest.raises(SceneError, match="arrayrecord: record 0") as error:
+                scenes.load(0)
+            told = str(error.value)
+    assert folder in told
 
 
 def test_what_cannot_be_packed_or_read_says_why(root, packed, tmp_path, monkeypatch, capsys):

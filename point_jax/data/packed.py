@@ -13,6 +13,7 @@ place of 20.1, and 3 ms of a core to read either way; byte planes of differences
 
 import bisect
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from point_jax import limits
 from point_jax.data.checks import UNITS, SceneError, read_stated
 from point_jax.data.frames import parse_frames
 from point_jax.data.images import FrameImages, Images
@@ -31,6 +33,17 @@ from point_jax.data.scenes import UP, Scene, make_scene
 INDEX = "packed.json"
 FORMAT, VERSION = "point_jax packed scenes", 1
 WRITER_OPTIONS = "group_size:1,zstd:3"  # a record is read alone
+
+SHARD_LIMITS = {
+    "file": limits.text(empty=False),
+    "bytes": limits.whole(0),
+    "scenes": limits.each(limits.text(empty=False)),
+    "image_file": limits.text(),
+    "image_bytes": limits.whole(0),
+    "frames": limits.either(
+        limits.NOTHING, limits.each(limits.either(limits.NOTHING, limits.each(limits.whole(0))))
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,11 @@ class Shard:
     image_file: str = ""
     image_bytes: int = 0
     frames: list[list[int] | None] | None = None
+
+    def __post_init__(self) -> None:
+        limits.check(vars(self), SHARD_LIMITS)
+        if not self.scenes or len(self.frames or self.scenes) != len(self.scenes):
+            raise ValueError(f"{self.file}: {len(self.scenes)} scenes, not as many frames")
 
     @property
     def image_records(self) -> int:
@@ -98,7 +116,7 @@ class PackedDataset:
     def __init__(
         self,
         root: str | Path,
-        splits: str | tuple[str, ...] | list[str] = ("train",),
+        splits: str | Sequence[str] = ("train",),
         segment: str | None = None,
     ):
         """Reads the index and looks whether the shards are whole; opens none.
@@ -121,7 +139,11 @@ class PackedDataset:
             if split not in index["splits"]:
                 there = ", ".join(index["splits"])
                 raise SceneError(f"{self._root}: no split {split!r}; packed are {there}")
-            self._shards += [Shard(**entry) for entry in index["splits"][split]]
+            self._shards += index["splits"][split]
+        if not self._shards:
+            raise SceneError(
+                f"{self._root}: splits is empty; packed are {', '.join(index['splits'])}"
+            )
         self.names = [name for shard in self._shards for name in shard.scenes]
         self._ends = list(accumulate(len(shard.scenes) for shard in self._shards))
         files, images = [], []
@@ -183,7 +205,7 @@ class PackedDataset:
             SceneError: damaged frames. Images are read when they are taken.
         """
         shard, place = self._find(index)
-        records = shard.frames and shard.frames[place]
+        records = shard.frames[place] if shard.frames else None
         if not records:
             return None
         first = self._first_image[bisect.bisect_right(self._ends, index)]
@@ -222,14 +244,19 @@ def _read_index(file: Any) -> dict[str, Any]:
         )
     content = read_stated(file, FORMAT, VERSION)
     try:
-        assert content["units"] in UNITS and content["up"] in UP
-        assert content["classes"] is None or all(isinstance(c, str) for c in content["classes"])
-        for entries in content["splits"].values():
-            shards = [Shard(**entry) for entry in entries]
-            assert shards and all(shard.scenes for shard in shards)
-            for shard in shards:
-                assert shard.frames is None or len(shard.frames) == len(shard.scenes)
-                assert shard.image_records >= 0
-    except (AssertionError, KeyError, TypeError, AttributeError) as error:
-        raise SceneError(f"{file}: not what data_prep.pack wrote; copy it again") from error
+        frame, names = {n: content[n] for n in ("units", "up")}, content["classes"]
+        limits.check(frame, {"units": limits.one_of(*UNITS), "up": limits.one_of(*UP)})
+        if names is not None and not all(isinstance(name, str) for name in names):
+            raise TypeError("classes are no names")
+        content["splits"] = {
+            split: [Shard(**entry) for entry in entries]
+            for split, entries in content["splits"].items()
+        }
+        if not all(content["splits"].values()):
+            raise ValueError("a split without scenes")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise SceneError(
+            f"{file}: not what data_prep.pack wrote ({what}); copy it again"
+        ) from error
     return content

@@ -151,7 +151,7 @@ class Encoder:
         counts = [len(level) for level in grids]
         index, bucket = self._bucket(counts)
         padding = bucket["capacities"][0] - len(grid)
-        inputs = {"grid": grid, "features": features}
+        inputs: dict[str, Any] = {"grid": grid, "features": features}
         if self.manifest["positions"]:
             inputs["coord"] = centred
         inputs = {name: np.pad(array, ((0, padding), (0, 0))) for name, array in inputs.items()}
