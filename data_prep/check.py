@@ -2,7 +2,8 @@
 
     python -m data_prep.check ROOT --splits train val [--units=m --up=z --segment=segment20]
 
-Units and up are needed where ROOT has no dataset.json. Exit code 0 when all scenes can be used.
+Units and up are needed where ROOT has no dataset.json. ROOT may be what data_prep.pack wrote. Exit
+code 0 when all scenes can be used.
 """
 
 import argparse
@@ -12,10 +13,11 @@ import numpy as np
 from rich.progress import Progress
 
 from data_prep.progress import counted
+from point_jax.data.packed import PackedDataset, is_packed
 from point_jax.data.scenes import Dataset, SceneError
 
 
-def check(dataset: Dataset, progress: Progress) -> tuple[str, list[str]]:
+def check(dataset: Dataset | PackedDataset, progress: Progress) -> tuple[str, list[str]]:
     """Loads all scenes.
 
     Returns:
@@ -58,7 +60,12 @@ def main() -> None:
     parser.add_argument("--segment", default=None, help="stem of the label file")
     given = parser.parse_args()
     try:
-        dataset = Dataset(given.root, given.splits, given.units, given.up, given.segment)
+        if is_packed(given.root):
+            if given.units or given.up:
+                parser.error(f"{given.root} is packed and says units and up itself")
+            dataset = PackedDataset(given.root, given.splits, given.segment)
+        else:
+            dataset = Dataset(given.root, given.splits, given.units, given.up, given.segment)
     except SceneError as error:
         parser.exit(1, f"error: {error}\n")
     with Progress() as progress:

@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_said_before_the_run(scans, tmp_path):
         ({"data.images.count": 0}, "features='drawn', but config.data.images.count is 0"),
         ({"data.images.features": "no"}, "no/manifest.json: missing; .* here are drawn"),
         ({"data.images.features": "../no"}, "'../no', expected the name of one folder"),
-        ({"data.sources": (sources[0], rooms)}, r"data.sources\[1\] renders its images"),
+        ({"data.sources": (sources[0], rooms)}, r"data.sources\[1\] has no folder on this machine"),
         (
             {"data.sources": tuple(sources[:2])},
             r"differ: layers is \('conv4_3',\), not \(\); stride is 8, not 4",

@@ -4,6 +4,7 @@ A point's pixel follows from its coordinates and the camera, so only what the de
 stored: one bit per point and frame. For 100,000 points and 8 frames that is 100 kB.
 """
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +66,13 @@ def read_frames(folder: str | Path, points: int) -> Frames:
         SceneError: for a missing or damaged file, or one that does not fit the points.
     """
     file = Path(folder) / "frames.npz"
+    return parse_frames(file, file, points)
+
+
+def parse_frames(file: Path, content: Path | io.BytesIO, points: int) -> Frames:
+    """`read_frames` of a file's content, wherever that is; `file` is what errors name."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(content, allow_pickle=False) as stored:
             files, size = stored["files"], stored["size"]
             camera, seen = stored["camera"], stored["seen"]
     except FileNotFoundError as error:

@@ -4,6 +4,7 @@ A place in an image is (row, column) in continuous coordinates: pixel i covers [
 its centre is at i + 0.5; -1 for both where the image does not see the point.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -93,17 +94,24 @@ def pixel_content(size: Size) -> Content:
 
 
 class FrameImages:
-    """The image files of a scene folder with a `frames.npz`."""
+    """The image files of a scene with a `frames.npz`."""
 
-    def __init__(self, root: Path, frames: Frames, coord: np.ndarray):
+    def __init__(
+        self,
+        root: Path,
+        frames: Frames,
+        coord: np.ndarray,
+        content: Callable[[int], bytes] | None = None,
+    ):
         """Keeps one bit a point and image.
 
         Args:
             root: of the data set, where the files' names start.
             frames: of the scene.
             coord: (n, 3) float32, the scene's points.
+            content: image -> what its file holds; None reads the file.
         """
-        self._root, self._coord = root, coord
+        self._root, self._coord, self._content = root, coord, content
         self._files, self._size, self._camera = frames.files, frames.size, frames.camera
         self._seen = np.packbits(frames.seen, axis=1)
 
@@ -124,7 +132,12 @@ class FrameImages:
         pixels = np.full((points, 2), -1, np.float32)
         # In frames.npz pixel centres have whole coordinates.
         pixels[index] = fit_places(pixel[:, ::-1] + 0.5, Size(height, width), size)
-        return Sight(pixels, lambda: read_image(self.file(image), Size(height, width), size))
+
+        def read() -> np.ndarray:
+            content = None if self._content is None else self._content(image)
+            return read_image(self.file(image), Size(height, width), size, content)
+
+        return Sight(pixels, read)
 
 
 def central_crop(full: Size, size: Size) -> tuple[float, float, float]:
@@ -153,13 +166,14 @@ def image_size(file: Path) -> Size:
     return _open(file, lambda image: Size(image.height, image.width))
 
 
-def read_image(file: Path, full: Size, size: Size) -> np.ndarray:
+def read_image(file: Path, full: Size, size: Size, content: bytes | None = None) -> np.ndarray:
     """Reads an image file, crops it to the shape of `size`, resizes it with antialiasing.
 
     Args:
         file: of an RGB image.
         full: what its size must be: that which the camera or the correspondences are for.
         size: of the result.
+        content: of the file, where it was read already.
 
     Returns:
         (height, width, 3) uint8.
@@ -182,12 +196,12 @@ def read_image(file: Path, full: Size, size: Size) -> np.ndarray:
             )
         return np.asarray(image.resize((size.width, size.height), Image.Resampling.BILINEAR, box))
 
-    return _open(file, fit)
+    return _open(file, fit, content)
 
 
-def _open(file: Path, use: Callable[[Image.Image], Any]) -> Any:
+def _open(file: Path, use: Callable[[Image.Image], Any], content: bytes | None = None) -> Any:
     try:
-        with Image.open(file) as image:
+        with Image.open(file if content is None else io.BytesIO(content)) as image:
             return use(image)
     except SceneError:
         raise

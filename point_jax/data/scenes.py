@@ -7,7 +7,7 @@ needs no more checks later; whatever is odd raises a `SceneError`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,23 +187,54 @@ def load_scene(
     folder = Path(folder)
     if not folder.is_dir():
         raise SceneError(f"{folder}: no such scene folder")
-    coord = check_coord(read_array(folder / "coord.npy"), folder / "coord.npy", units)
+
+    def read(name: str) -> np.ndarray | None:
+        file = folder / f"{name}.npy"
+        return read_array(file) if file.exists() else None
+
+    return make_scene(folder, read, units, up, segment, classes)
+
+
+def make_scene(
+    folder: Path,
+    read: Callable[[str], np.ndarray | None],
+    units: str,
+    up: str,
+    segment: str | None = None,
+    classes: Sequence[str] | None = None,
+) -> Scene:
+    """`load_scene`, wherever the arrays of its files are.
+
+    Args:
+        folder: what errors name.
+        read: stem of an npy file -> its array; None where there is no such file.
+        units, up, segment, classes: see `load_scene`.
+
+    Raises:
+        SceneError: as there.
+    """
+
+    def needed(name: str) -> np.ndarray:
+        array = read(name)
+        if array is None:
+            raise SceneError(f"{folder / name}.npy: missing")
+        return array
+
+    coord = check_coord(needed("coord"), folder / "coord.npy", units)
     coord = _turn(coord * UNITS[units], up).astype(np.float32)
     check_extent(coord, folder / "coord.npy", units)
 
-    def optional(name: str, needed: bool = False) -> np.ndarray | None:
-        file = folder / f"{name}.npy"
-        if not needed and not file.exists():
-            return None
-        array = read_array(file)
-        if array.shape[:1] != (len(coord),):
+    def fitting(name: str, array: np.ndarray | None) -> np.ndarray | None:
+        if array is not None and array.shape[:1] != (len(coord),):
             rows = f"{array.shape[0]} rows" if array.ndim else "no rows"
-            raise SceneError(f"{file}: {rows}, but coord.npy has {len(coord)}; they must agree")
+            raise SceneError(
+                f"{folder / name}.npy: {rows}, but coord.npy has {len(coord)}; they must agree"
+            )
         return array
 
-    color, normal = optional("color"), optional("normal")
-    labels = optional(segment or "segment", needed=segment is not None)
-    instance = optional("instance")
+    color, normal = (fitting(name, read(name)) for name in ("color", "normal"))
+    labels = read("segment") if segment is None else needed(segment)
+    labels, instance = fitting(segment or "segment", labels), fitting("instance", read("instance"))
     if color is not None:
         color = check_color(color, folder / "color.npy")
     if normal is not None:

@@ -1,4 +1,4 @@
-"""Where scenes come from: folders and generators, as a config lists them."""
+"""Where scenes come from: folders, shards and generators, as a config lists them."""
 
 import dataclasses
 import difflib
@@ -10,6 +10,7 @@ from typing import Any
 from point_jax import limits
 from point_jax.data.image_features import FeatureImages, FeatureSpec, ImageFeatures
 from point_jax.data.images import Images
+from point_jax.data.packed import PackedDataset
 from point_jax.data.room_images import RoomImages
 from point_jax.data.rooms import RoomSpec, make_room
 from point_jax.data.scenes import Dataset, Scene, SceneError
@@ -38,7 +39,8 @@ class Source:
         weight: share of the stream, relative to the other sources' weights.
         images: (index, the scene that `load` gave) -> its images, None if it has none; raises
             SceneError.
-        root: folder of the data set; None for scenes that are made on the fly.
+        root: folder of the data set; None for scenes that are made on the fly, or lie in an object
+            store.
     """
 
     size: int
@@ -62,6 +64,17 @@ def folder_source(
     return Source(len(dataset), dataset.load, weight, dataset.images, dataset.root)
 
 
+def packed_source(
+    root: str,
+    splits: Sequence[str] = ("train",),
+    segment: str | None = None,
+    weight: float = 1.0,
+) -> Source:
+    """Scenes that `data_prep.pack` packed; see `point_jax.data.packed.PackedDataset`."""
+    packed = PackedDataset(root, splits, segment or None)
+    return Source(len(packed), packed.load, weight, packed.images, packed.local_root)
+
+
 def rooms_source(
     seeds: tuple[int, int] = (0, 64),
     spec: Mapping[str, Any] | None = None,
@@ -83,7 +96,11 @@ def rooms_source(
     )
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"folder": folder_source, "rooms": rooms_source}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "folder": folder_source,
+    "packed": packed_source,
+    "rooms": rooms_source,
+}
 
 
 def build_sources(
@@ -150,8 +167,8 @@ def with_features(sources: Sequence[Source], name: str) -> tuple[list[Source], F
     for index, source in enumerate(sources):
         if source.root is None:
             raise ValueError(
-                f"{place}: config.data.sources[{index}] renders its images; only those of kind "
-                "'folder' have stored features"
+                f"{place}: config.data.sources[{index}] has no folder on this machine; only those "
+                "of kind 'folder' and 'packed' have stored features"
             )
         features = ImageFeatures(source.root, name)
         specs.append(features.spec)

@@ -22,6 +22,7 @@ GRID_SIZE = {"PT-v3m1": 0.02, "PT-v3m2": 0.02, "PT-v3m3": 0.01}
 def load(
     path: str | Path,
     *,
+    weights: Weights | None = None,
     tree: Literal["teacher", "student"] = "teacher",
     grid_size: float | None = None,
     inputs: tuple[Input, ...] | None = None,
@@ -33,6 +34,7 @@ def load(
     Args:
       path: a folder that `launch.convert` wrote, one in which `launch.train` trained, of such a
         one `checkpoints/<step>`, or one in which `launch.evaluate` trained a segmentation.
+      weights: what `read_checkpoint` said of it, where that was asked already.
       tree: of a pretraining, which of the two networks.
       grid_size: edge of a voxel, metres; None for the one that the network was trained with.
       inputs: the properties of a point that the network reads; needed for raw clouds where they
@@ -47,7 +49,7 @@ def load(
     path = Path(path)
     if tree not in ("teacher", "student"):
         raise ValueError(f"tree is {tree!r}; expected teacher or student")
-    weights = _read(path)
+    weights = weights or read_checkpoint(path)
     params = weights.params[tree] if weights.kind == "pretraining" else weights.params
     if "backbone" not in params:
         raise CheckpointError(f"{path}: holds one {weights.kind}, not an encoder of points")
@@ -64,16 +66,16 @@ def load(
     )
 
 
-def load_head(path: str | Path) -> SegmentationHead | None:
+def load_head(path: str | Path, *, weights: Weights | None = None) -> SegmentationHead | None:
     """The segmentation layer that belongs to the encoder of a checkpoint; None if it has none.
 
     Args:
-      path: as for `load`.
+      path, weights: as for `load`.
 
     Raises:
       CheckpointError: nothing there, or damaged.
     """
-    weights = _read(Path(path))
+    weights = weights or read_checkpoint(path)
     head = weights.params.get("seg_head")
     if head is None:
         return None
@@ -82,7 +84,13 @@ def load_head(path: str | Path) -> SegmentationHead | None:
     return SegmentationHead(np.asarray(head["kernel"]), bias, tuple(classes))
 
 
-def _read(path: Path) -> Weights:
+def read_checkpoint(path: str | Path) -> Weights:
+    """What is at a path that `load` takes.
+
+    Raises:
+      CheckpointError: nothing there, or damaged.
+    """
+    path = Path(path)
     if (path / SEGMENTOR / MANIFEST).is_file():
         return load_weights(path / SEGMENTOR)
     if find_run(path):

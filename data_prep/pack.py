@@ -1,0 +1,273 @@
+"""Packs scene folders into shards, for data sets on network disks and object stores.
+
+    python -m data_prep.pack --input=ROOT --output=DIR --splits train test
+
+writes DIR/packed.json and ArrayRecord files of --shard_size scenes each, with the images of scenes
+that have a frames.npz; train from them with {'kind': 'packed', 'root': 'DIR'}. What is read from
+them is equal bit for bit. DIR is a local folder; copy it to gs:// when it is complete.
+
+packed.json comes last: a packing that was stopped cannot be read, and the same command goes on with
+it. Every scene is checked as training does, and every record is read back.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  compiled, no stubs
+)
+from rich.progress import Progress
+
+from data_prep.progress import counted
+from point_jax.data.checks import SceneError, read_array
+from point_jax.data.frames import read_frames
+from point_jax.data.packed import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    WRITER_OPTIONS,
+    Shard,
+    encode_arrays,
+    is_packed,
+)
+from point_jax.data.scenes import Dataset
+
+PLAN = "plan.json"  # there while a packing is not complete: what it packs
+ARRAYS = ("coord", "color", "normal", "instance")
+
+
+def scene_files(folder: Path) -> list[Path]:
+    """The npy files of a scene that are packed; label files under all their names."""
+    files = sorted(folder.glob("*.npy"))
+    return [f for f in files if f.stem in ARRAYS or f.stem.startswith("segment")]
+
+
+def read_images(root: Path, folder: Path, points: int) -> list[tuple[str, bytes]]:
+    """What is packed of a scene's images: frames.npz, and the files it names; [] without one.
+
+    Raises:
+        SceneError: a damaged frames.npz, or an image that is missing.
+    """
+    file = folder / "frames.npz"
+    if not file.exists():
+        return []
+    names = [str(name) for name in read_frames(folder, points).files]
+    found = []
+    for name, path in [("", file), *((name, root / name) for name in names)]:
+        try:
+            found.append((name, path.read_bytes()))
+        except OSError as error:
+            raise SceneError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return found
+
+
+class Writer:
+    """Writes a shard beside its place; `close` reads it back and renames it into it."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+        self._digests: list[bytes] = []
+        self._writer = array_record_module.ArrayRecordWriter(str(self._temporary), WRITER_OPTIONS)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def add(self, record: bytes) -> int:
+        """Appends a record; returns its number."""
+        self._writer.write(record)
+        self._digests.append(hashlib.sha256(record).digest())
+        return len(self._digests) - 1
+
+    def close(self) -> int:
+        """Puts the file in its place; returns its size in bytes."""
+        self._writer.close()
+        reader = array_record_module.ArrayRecordReader(str(self._temporary))
+        found = [hashlib.sha256(reader.read()).digest() for _ in range(reader.num_records())]
+        reader.close()
+        if found != self._digests:
+            raise RuntimeError(f"{self._file}: what was read back is not what was written")
+        with self._temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        self._temporary.replace(self._file)
+        return self._file.stat().st_size
+
+
+def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]) -> Shard:
+    """Packs some scenes of a data set into `<output>/<name>.arrayrecord`.
+
+    Raises:
+        SceneError: a scene that training would refuse.
+        RuntimeError: the shard cannot be written.
+    """
+    writer, images = Writer(output / f"{name}.arrayrecord"), None
+    frames: list[list[int] | None] = []
+    known: dict[str, int] = {}  # images that several scenes of the shard share
+    for index in scenes:
+        folder = dataset.folders[index]
+        try:
+            scene = dataset.load(index)
+        except SceneError as error:
+            raise SceneError(f"{error}; data_prep.check lists all such scenes") from error
+        arrays = {file.stem: read_array(file) for file in scene_files(folder)}
+        try:
+            writer.add(encode_arrays(arrays))
+        except (KeyError, TypeError, ValueError) as error:
+            dtypes = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
+            raise SceneError(f"{folder}: cannot be packed ({error}): {dtypes}") from error
+        records = []
+        for file, content in read_images(dataset.root, folder, len(scene.coord)):
+            images = images or Writer(output / f"{name}-images.arrayrecord")
+            if not file or file not in known:
+                known[file] = images.add(content)
+            records.append(known[file])
+        frames.append(records or None)
+    about = {}
+    if images is not None:
+        about["image_bytes"] = images.close()
+        about |= {"image_file": f"{name}-images.arrayrecord", "frames": frames}
+    names = [dataset.folders[index].name for index in scenes]
+    return Shard(f"{name}.arrayrecord", writer.close(), names, **about)
+
+
+def plan_of(dataset: dict[str, Dataset], shard_size: int) -> dict[str, Any]:
+    """What a packing packs, to tell whether one that was stopped is the same."""
+    total = hashlib.sha256()
+    for split, scenes in dataset.items():
+        for folder in scenes.folders:
+            files = [*scene_files(folder), *folder.glob("frames.npz")]
+            stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            total.update(json.dumps([split, folder.name, stats]).encode())
+    scenes = {split: len(scenes) for split, scenes in dataset.items()}
+    return {"shard_size": shard_size, "scenes": scenes, "files": total.hexdigest()}
+
+
+def begin(output: Path, plan: dict[str, Any]) -> None:
+    """Makes the folder ready for a packing: new, or one that was stopped and is the same.
+
+    Raises:
+        SceneError: something else is there.
+    """
+    if is_packed(output):
+        raise SceneError(f"{output} is packed already: choose another --output, or remove it")
+    file = output / PLAN
+    if file.exists():
+        if json.loads(file.read_text()) != plan:
+            raise SceneError(
+                f"{output} has the beginning of another packing, or its scenes have changed: "
+                "remove it"
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise SceneError(f"{output} is not empty: choose another --output, or remove it")
+    output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob(".*.tmp-*"):
+        left.unlink()
+    write_json(file, plan)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON that is whole or absent."""
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    with temporary.open("w") as out:
+        json.dump(content, out)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+
+
+def pack(
+    datasets: dict[str, Dataset], output: Path, shard_size: int, progress: Progress
+) -> tuple[int, int]:
+    """Packs the splits of a data set; goes on with a packing that was stopped.
+
+    Args:
+        datasets: one a split.
+        output: local folder.
+        shard_size: scenes of a shard.
+        progress: shows how many shards are done.
+
+    Returns:
+        Bytes of all shards, and how many shards were there already.
+
+    Raises:
+        SceneError: a scene that training would refuse, or an output that is not free.
+        RuntimeError, OSError: the output cannot be written.
+    """
+    begin(output, plan_of(datasets, shard_size))
+    jobs = [
+        (split, number, range(first, min(first + shard_size, len(dataset))))
+        for split, dataset in datasets.items()
+        for number, first in enumerate(range(0, len(dataset), shard_size))
+    ]
+    shards: dict[str, list[Shard]] = {split: [] for split in datasets}
+    done, kept = [], 0
+    for split, number, scenes in counted(progress, jobs, "packing shards"):
+        name = f"{split}-{number:05d}"
+        done.append(output / f"{name}.json")  # the shard's entry: there when the shard is complete
+        if done[-1].exists():
+            kept += 1
+            shard = Shard(**json.loads(done[-1].read_text()))
+        else:
+            shard = write_shard(output, name, datasets[split], scenes)
+            write_json(done[-1], dataclasses.asdict(shard))
+        shards[split].append(shard)
+    first = next(iter(datasets.values()))
+    entries = {split: [dataclasses.asdict(s) for s in found] for split, found in shards.items()}
+    content = {"format": FORMAT, "version": VERSION, "units": first.units, "up": first.up}
+    write_json(output / INDEX, content | {"classes": first.classes, "splits": entries})
+    for file in [*done, output / PLAN]:
+        file.unlink()
+    size = sum(s.bytes + s.image_bytes for found in shards.values() for s in found)
+    return size, kept
+
+
+def main() -> None:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.pack",
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="root of the scene folders")
+    add("--output", type=Path, required=True, help="local folder for the shards")
+    add("--splits", nargs="+", default=["train"])
+    add("--shard_size", type=int, default=64, help="scenes of a shard")
+    add("--units", default="", help="m, cm or mm, where there is no dataset.json")
+    add("--up", default="", help="z, -z, y, -y, x or -x, where there is no dataset.json")
+    given = parser.parse_args()
+    if given.shard_size < 1:
+        parser.error(f"--shard_size={given.shard_size}, expected 1 or more")
+    if "://" in str(given.output) or ":/" in str(given.output):
+        parser.error(f"--output={given.output}: pack into a local folder and copy that")
+    if len(set(given.splits)) < len(given.splits):
+        parser.error(f"--splits {' '.join(given.splits)}: one is named twice")
+    start = time.monotonic()
+    try:
+        datasets = {
+            split: Dataset(given.input, (split,), given.units, given.up) for split in given.splits
+        }
+        with Progress() as progress:
+            size, kept = pack(datasets, given.output, given.shard_size, progress)
+    except SceneError as error:
+        parser.exit(1, f"error: {error}\n")
+    except (RuntimeError, OSError) as error:
+        parser.exit(1, f"error: {given.output} cannot be written: {error}\n")
+    count = sum(map(len, datasets.values()))
+    went_on = f", {kept} shards were there already" if kept else ""
+    print(
+        f"{count} scenes packed into {size / 1e6:.1f} MB in {time.monotonic() - start:.0f} s"
+        f"{went_on}\ntrain with --config.data.sources=\"({{'kind': 'packed', 'root': "
+        f"'{given.output}', 'splits': ('{given.splits[0]}',)}},)\""
+    )
+
+
+if __name__ == "__main__":
+    main()
