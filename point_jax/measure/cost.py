@@ -188,7 +188,9 @@ class _Walk:
         group = len(groups[0]) if groups else 1
         kind = _kind(this.opcode)
         size = sum(shape.size for shape in sent) * (group if kind == "all-gather" else 1)
-        domains = {device // self._domain for device in groups[0]} if self._domain and groups else ()
+        domains = (
+            {device // self._domain for device in groups[0]} if self._domain and groups else ()
+        )
         dtypes = "+".join(dict.fromkeys(shape.dtype for shape in sent))
         return Collective(kind, dtypes, size, group, max(1, len(domains)), times)
 
@@ -363,7 +365,7 @@ def _convolution_flops(this: Instruction, left: Shape, right: Shape) -> float:
 
 
 def replica_groups(attributes: str) -> list[tuple[int, ...]]:
-    """The groups of devices of a collective: `{{0,1},{2,3}}` or `[2,2]<=[4]T(0)`; [] if not said."""
+    """Groups of devices of a collective: `{{0,1},{2,3}}` or `[2,2]<=[4]T(0)`; [] if not said."""
     if found := re.search(r"replica_groups=\{(\{[^=]*?\})\}", attributes):
         groups = re.findall(r"\{([\d,]*)\}", found[1])
         return [tuple(int(n) for n in group.split(",") if n) for group in groups]

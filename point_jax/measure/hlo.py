@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([\d,]*)(?::((?:[A-Z]+\([^)]*\)|\([^)]*\))*))?\})?")
+_SHAPE = re.compile(
+    r"\b([a-z][a-z0-9]*)\[([\d,<=]*)\](?:\{([\d,]*)(?::((?:[A-Z]+\([^)]*\)|\([^)]*\))*))?\})?"
+)
 _TILE = re.compile(r"T\(([\d,*]+)\)")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from point_jax.geometry.loops import planned
 from point_jax.geometry.patches import NARROW
 
 _NEVER = -1e30  # finite, so that no product with it is NaN
@@ -159,7 +160,8 @@ def _forward(clouds, width, qkv, segment, narrow, used, grid, table):
             return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
 
         init = jnp.zeros((slots, heads, channels), dtype), jnp.zeros((slots, heads))
-        return jax.lax.fori_loop(0, used * heads, one, init)
+        with planned(slots // width * heads):
+            return jax.lax.fori_loop(0, used * heads, one, init)
 
     return _either(run, width, narrow)
 
@@ -199,7 +201,8 @@ def _bwd(clouds, width, saved, g):
             return dqkv, dtable
 
         init = jnp.zeros(qkv.shape, dtype), None if table is None else jnp.zeros_like(table)
-        return jax.lax.fori_loop(0, used * heads, one, init)
+        with planned(len(qkv) // width * heads):
+            return jax.lax.fori_loop(0, used * heads, one, init)
 
     dqkv, dtable = _either(run, width, narrow)
     return dqkv, None, None, None, None, dtable
