@@ -27,6 +27,7 @@ from tests.small import get_config
         ("v5p:4x4x4", 64, 64),
         ("2*v6e:8x8", 128, 64),
         ("tpu7x:2x2x1", 8, 8),  # two devices a chip
+        ("v4:2x2x2", 16, 16),
         ("h100:4x8", 32, 8),
         ("cpu:8", 8, 8),
     ],

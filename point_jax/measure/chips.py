@@ -1,7 +1,8 @@
 """What a device of each kind can do at best, from its maker's documents.
 
-A device is what JAX calls one: a whole TPU chip (v4 and v5p join their two cores), half a chip of
-TPU7x, a GPU. Rates are those of the documents, which no program reaches.
+A device is what JAX calls one: a TPU chip, half a chip of TPU7x, a GPU. Where a v4 is there JAX
+joins its two cores to one device; compilers without one take each for itself, as here. Rates are
+those of the documents, which no program reaches.
 
 Sources, read in 2026:
   TPU  docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: "Peak compute per chip (bf16)", HBM,
@@ -63,7 +64,8 @@ def _tpu(
 
 
 CHIPS = {
-    "v4": _tpu(275, 32, 1200, 600, 50, axes=3, ring=4),
+    # Half a chip: 275 TFLOP/s, 32 GiB at 1,200 GB/s, ICI of 600 GB/s, DCN of 50 Gbit/s.
+    "v4": _tpu(275 / 2, 16, 600, 300, 25, axes=3, ring=4, per_chip=2),
     "v5e": _tpu(197, 16, 819, 400, 25, axes=2, ring=16),
     "v5p": _tpu(459, 95, 2765, 1200, 50, axes=3, ring=4),
     "v6e": _tpu(918, 32, 1638, 800, 100, axes=2, ring=16),

@@ -1,10 +1,11 @@
 """Devices that are not there: XLA compiles for their names.
 
-v5e:4x8        a TPU slice of so many chips: two dimensions for v5e and v6e, three for v4, v5p and
-               tpu7x, whose chips have two devices each
-2*v5e:16x16    two such slices, joined by the network of the data centre
-h100:4x8       four hosts of eight GPUs
-cpu:8          eight virtual devices of this machine's CPU
+Names:
+  v5e:4x8        a TPU slice of so many chips: two dimensions for v5e and v6e, three for v4, v5p and
+                 tpu7x; chips of v4 and tpu7x are two devices each
+  2*v5e:16x16    two such slices, joined by the network of the data centre
+  h100:4x8       four hosts of eight GPUs
+  cpu:8          eight virtual devices of this machine's CPU
 """
 
 import contextlib
