@@ -107,7 +107,7 @@ ENTRY %main (a: f32[100,48], b: f32[1000,128], c: s32[]) -> f32[100,48] {
   %begin = s32[]{:T(128)} copy(%zero)
   %start = (s32[]{:T(128)}, f32[100,48]{1,0:T(8,128)}) tuple(%begin, %a)
   %loop = (s32[]{:T(128)}, f32[100,48]{1,0:T(8,128)}) while(%start), condition=%condition, body=%body, metadata={op_name="jit(f)/attention/while"}
-  %unknown = (s32[]{:T(128)}, f32[100,48]{1,0:T(8,128)}) while(%loop), condition=%condition, body=%body, metadata={op_name="jit(f)/attention/planned_5/while"}
+  %unknown = (s32[]{:T(128)}, f32[100,48]{1,0:T(8,128)}) while(%loop), condition=%condition, body=%body, metadata={op_name="jit(f)/transpose(jvp(attention))/transpose(jvp(planned_5))/while"}
   %part = f32[8,128]{1,0:T(8,128)} fusion(%b, %c), kind=kLoop, calls=%fused
   %sum = (f32[8,128]{1,0:T(8,128)}, bf16[10]{0:T(1024)}) all-reduce(%part, %small), replica_groups={{0,1,2,3}}, to_apply=%add
   %small = bf16[10]{0:T(1024)} constant({...})

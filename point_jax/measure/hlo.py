@@ -28,7 +28,7 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_PLANNED = re.compile(r"\bplanned_(\d+)/while\b")
+_PLANNED = re.compile(r"\bplanned_(\d+)\)*/while\b")  # also within jvp(...) and the like
 _WORD = re.compile(r"[\w.\-]+")
 
 
