@@ -16,6 +16,7 @@ from point_jax.measure.dryrun import too_much
 from point_jax.measure.roofline import collective_seconds, estimate
 from point_jax.measure.traced import kept_bytes, product_flops
 from tests.small import get_config
+from tests.test_benchmark import ONE_LEVEL
 
 # ---- Names of topologies.
 
@@ -267,7 +268,7 @@ def test_a_step_is_planned_for_virtual_devices(tmp_path, capsys):
     jax.config.update("jax_disable_most_optimizations", True)
     file = tmp_path / "plan.json"
     argv = ["dryrun", "--config=tests/small.py", "--topology=cpu:2", "--draws=1", f"--json={file}"]
-    assert command.run(dryrun.main, argv, dryrun.__doc__) == 0
+    assert command.run(dryrun.main, [*argv, *ONE_LEVEL], dryrun.__doc__) == 0
     plan = json.loads(file.read_text())
     assert "cpu:2: 2 devices, 8 scenes a step, 4 a device" in capsys.readouterr().out
     memory = plan["memory"]
@@ -278,7 +279,7 @@ def test_a_step_is_planned_for_virtual_devices(tmp_path, capsys):
     sums = [c for c in plan["collectives"] if c["kind"] == "all-reduce"]
     assert sum(c["bytes"] for c in sums) == pytest.approx(memory["gradients"], rel=0.2)
     assert plan["flop_done"] * 2 > plan["flop_needed"] > 0
-    assert len(plan["rows_full"]) == 2 and all(0 < share <= 1 for share in plan["rows_full"])
+    assert len(plan["rows_full"]) == 1 and 0 < plan["rows_full"][0] <= 1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
