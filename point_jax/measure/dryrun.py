@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -175,7 +176,7 @@ def _bytes(tree: Any) -> int:
     keys = jax.dtypes.prng_key
     return sum(
         math.prod(x.sharding.shard_shape(x.shape))
-        * (8 if jax.dtypes.issubdtype(x.dtype, keys) else x.dtype.itemsize)
+        * (8 if jnp.issubdtype(x.dtype, keys) else x.dtype.itemsize)
         for x in leaves
     )
 
@@ -236,20 +237,10 @@ def _planned(compiled: Any, known: Mapping[str, Any], limit: float | None) -> Re
 
 def _work(step: Step, draws: int) -> Record:
     """Operations that are needed for the batch, and how full rows are: of a furnished room."""
-    objective, config = step.objective, step.config
-    images = 0.0
-    points = objective
-    if isinstance(objective, Concerto):
-        points, branch = objective.points, objective.images
-        batch = step.arguments[1]
-        name = "images" if "images" in batch else "features"
-        scene = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in batch.items()}
-        key = jax.eval_shape(jax.random.key, np.uint32(0))
-        made = jax.eval_shape(lambda scene, key: branch.prepare(scene, key)[0], scene, key)
-        params = step.arguments[0]["teacher"].get("image", {})
-        images = product_flops(branch.features, params, made) if name == "images" else 0.0
     if not draws:
         return {"flop_needed": None, "flop_needed_by_part": {}, "rows_full": None}
+    objective, config = step.objective, step.config
+    points = objective.points if isinstance(objective, Concerto) else objective
     scene = scene_arrays(room_input(config.data.scene_points, config.views.grid_size))
     scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
     schedule = {name: np.float32(value) for name, value in scheduled.items()}
@@ -259,15 +250,23 @@ def _work(step: Step, draws: int) -> Record:
         sides = count_sides(points, scene, key, schedule)
         drawn.append(sonata_work(points.spec, *sides))
         full.append([[level.points / level.capacity for level in side] for side in sides])
-    scenes = config.train.batch
-    parts = {part: work.needed * scenes / draws for part, work in add(*drawn).items()} | (
-        {"images": images * scenes} if images else {}
-    )
+    parts = {part: work.needed / draws for part, work in add(*drawn).items()}
+    if isinstance(objective, Concerto):
+        parts |= {"images": _image_flops(objective, *step.arguments[:2])}
+    parts = {part: config.train.batch * number for part, number in parts.items() if number}
     return {
         "flop_needed": sum(parts.values()),
         "flop_needed_by_part": parts,
         "rows_full": np.mean(full, axis=(0, 1)).tolist(),  # by level
     }
+
+
+def _image_flops(objective: Concerto, state: Any, batch: Any) -> float:
+    """Of the image encoder on one scene's images."""
+    scene = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in batch.items()}
+    key = jax.eval_shape(jax.random.key, np.uint32(0))
+    images = jax.eval_shape(lambda scene, key: objective.images.prepare(scene, key)[0], scene, key)
+    return product_flops(objective.images.features, state["teacher"].get("image", {}), images)
 
 
 def _rates(record: Record) -> Record:

@@ -175,7 +175,7 @@ def _tpu_devices(topology: Topology) -> list[Any]:
     _need("libtpu", topology, "tpu")
     for name, value in _ALONE.items():
         os.environ.setdefault(name, value)
-    more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if math.prod(topology.shape) == 1:
         more["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{topology.kind}:{'x'.join(map(str, topology.shape))}"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -70,5 +71,5 @@ def kept_bytes(loss: Callable[..., Any], variables: Any, *arguments: Any) -> int
 
 
 def _size(aval: Any) -> int:
-    itemsize = 8 if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key) else aval.dtype.itemsize
+    itemsize = 8 if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) else aval.dtype.itemsize
     return int(np.prod(aval.shape, dtype=np.int64)) * itemsize
