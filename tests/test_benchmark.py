@@ -403,4 +403,4 @@ def test_an_allocator_that_counts_is_asked():
 
 def test_the_small_batch_has_what_a_scene_has():
     cloud = room_input(100, 0.02)
-    assert set(programs._scene(cloud)) == set(small_batch(1))
+    assert set(programs.scene_arrays(cloud)) == set(small_batch(1))

@@ -247,6 +247,29 @@ def make_batches(
     return batches
 
 
+def batch_shapes(data: Any, scenes: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array of a batch as `make_batches` gives it; no scene is read.
+
+    Args:
+        data: config section as `default_data` makes it.
+        scenes: B, of the batch.
+
+    Raises:
+        ValueError, SceneError: as `make_batches`, where the data's stored features are asked for.
+    """
+    limits.check(data, DATA_LIMITS, "config.data.")
+    limits.check(data.images, IMAGE_LIMITS, "config.data.images.")
+    slot = pad_scene(None, data.scene_points, None) | {"scene": np.int32(0)}
+    if data.images.count:
+        content = pixel_content(Size(data.images.height, data.images.width))
+        if data.images.features:
+            _, stored = with_features(build_sources(data.sources), data.images.features)
+            content = stored.content
+        key = np.random.default_rng(0)  # draws nothing: there is no image
+        slot |= pad_images(None, None, data.scene_points, data.images.count, content, key)
+    return {name: ((scenes, *np.shape(x)), np.asarray(x).dtype) for name, x in slot.items()}
+
+
 def held_out(data: Any) -> list[Scene]:
     """Scenes for the pictures at the end of a run, never trained on.
 

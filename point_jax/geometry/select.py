@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
+
 BLOCK = 256
 LARGEST = jnp.iinfo(jnp.int32).max
 
@@ -35,7 +37,8 @@ def smallest(values: jax.Array, valid: jax.Array, k: jax.Array | int) -> jax.Arr
 
     # Finding the true range first would cost more than the few steps that it saves.
     everything = (jnp.int32(0), jnp.int32(LARGEST))
-    _, threshold = jax.lax.while_loop(lambda state: state[0] < state[1], search, everything)
+    with planned(31):
+        _, threshold = jax.lax.while_loop(lambda state: state[0] < state[1], search, everything)
 
     below = valid & (bits < threshold)
     equal = valid & (bits == threshold)

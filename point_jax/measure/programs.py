@@ -113,7 +113,7 @@ def geometry(spec: PTv3Spec, cloud: Input) -> Program:
 
 def views(spec: SonataSpec, cloud: Input) -> Program:
     """The views of one scene."""
-    scene = jax.device_put(_scene(cloud))
+    scene = jax.device_put(scene_arrays(cloud))
 
     @jax.named_scope("views")
     def make(scene, key):
@@ -142,7 +142,7 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
     shapes = jax.eval_shape(lambda key: init_state(objective, key), key)
     lie = shardings(shapes, config.mesh, mesh)
     state = jax.jit(lambda key: init_state(objective, key), out_shardings=lie)(key)
-    one = _scene(cloud)
+    one = scene_arrays(cloud)
     scenes = {name: np.stack([array] * batch) for name, array in one.items()}
     scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
     schedule = {name: np.float32(value) for name, value in scheduled.items()}
@@ -206,7 +206,7 @@ def _grids(objective, scene, key, schedule):
     }
 
 
-def _scene(cloud: Input) -> dict[str, Any]:
+def scene_arrays(cloud: Input) -> dict[str, Any]:
     """A scene as the host ships it, without padding."""
     return {
         "coord": cloud.coord,

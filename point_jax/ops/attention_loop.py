@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from point_jax.geometry.loops import planned
 from point_jax.geometry.patches import NARROW
 
 _NEVER = -1e30  # finite, so that no product with it is NaN
@@ -132,7 +133,8 @@ def forward(
             return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
 
         init = jnp.zeros((slots, heads, channels), dtype), jnp.zeros((slots, heads))
-        return jax.lax.fori_loop(0, used * heads, one, init)
+        with planned(slots // width * heads):
+            return jax.lax.fori_loop(0, used * heads, one, init)
 
     out, lse = _either(run, width, narrow)
     return out, lse.T
@@ -179,6 +181,7 @@ def backward(
             return dqkv, dtable
 
         init = jnp.zeros(qkv.shape, dtype), None if table is None else jnp.zeros_like(table)
-        return jax.lax.fori_loop(0, used * heads, one, init)
+        with planned(len(qkv) // width * heads):
+            return jax.lax.fori_loop(0, used * heads, one, init)
 
     return _either(run, width, narrow)

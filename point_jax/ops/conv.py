@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
 from point_jax.geometry.pairs import Pairs
 from point_jax.ops import conv_pairs
 from point_jax.ops.gather import take_rows
@@ -83,10 +84,8 @@ def _gradients(x, weight, neighbours, voxel, count, g):
     centre = len(neighbours) // 2
     # A representative is read by every row of each voxel around it: by the sum of their gradients.
     # The centre tap stays row by row.
-    rows = jnp.arange(len(x), dtype=voxel.dtype)
-    mirrored = jnp.where((rows == voxel)[None], neighbours[::-1], len(x)).at[centre].set(len(x))
     transposed = jnp.swapaxes(weight, 1, 2)
-    grad = _correlate(_sum_duplicates(g, voxel), transposed, mirrored, count)
+    grad = _correlate(_sum_duplicates(g, voxel), transposed, neighbours, count, voxel)
     grad = (grad + g @ weight[centre].T).astype(x.dtype)
     return grad, _correlate_weight(x, g, neighbours, count).astype(weight.dtype)
 
@@ -100,7 +99,8 @@ def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:
         here = jnp.take(voxel, rows + j, mode="fill", fill_value=-1) == rows
         return total + jnp.where(here[:, None], take_rows(g, rows + j), 0)
 
-    return jax.lax.fori_loop(1, most + 1, add, g)
+    with planned(1):  # of a room's voxels at 2 cm few have more than two points
+        return jax.lax.fori_loop(1, most + 1, add, g)
 
 
 def _blocks(capacity: int, width: int, itemsize: int) -> int:
@@ -108,7 +108,22 @@ def _blocks(capacity: int, width: int, itemsize: int) -> int:
     return max(1, min(capacity, max(64, _BLOCK_BYTES // (width * itemsize))))
 
 
-def _correlate(x, weight, neighbours, count):
+def _table_block(neighbours, start, size, voxel=None):
+    """Neighbours of a block of rows, (size, T); mirrored, for representatives only, with `voxel`.
+
+    Turned block by block: the whole table with its taps last would take 128 / 27 of its size on
+    TPUs, and a mirrored one as much as the table again.
+    """
+    taps, capacity = neighbours.shape
+    rows = jax.lax.dynamic_slice_in_dim(neighbours, start, size, axis=1)
+    if voxel is not None:
+        represents = jax.lax.dynamic_slice_in_dim(voxel, start, size) == start + jnp.arange(size)
+        apart = jnp.arange(taps) != taps // 2
+        rows = jnp.where(represents[None] & apart[:, None], rows[::-1], capacity)
+    return jax.lax.optimization_barrier(rows).T
+
+
+def _correlate(x, weight, neighbours, count, voxel=None):
     taps, channels, filters = weight.shape
     capacity = neighbours.shape[1]
     size = _blocks(capacity, taps * channels, x.dtype.itemsize)
@@ -118,13 +133,14 @@ def _correlate(x, weight, neighbours, count):
     def block(i, out):
         # The last block overlaps the one before it and writes the same values again.
         start = jnp.minimum(i * size, capacity - size)
-        rows = jax.lax.dynamic_slice_in_dim(neighbours, start, size, axis=1).T
+        rows = _table_block(neighbours, start, size, voxel)
         gathered = padded.at[rows].get(mode="promise_in_bounds").reshape(size, taps * channels)
         product = jnp.dot(gathered, kernel, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
 
     out = jnp.zeros((capacity, filters), x.dtype)
-    return jax.lax.fori_loop(0, -(-count // size), block, out)
+    with planned(-(-capacity // size)):
+        return jax.lax.fori_loop(0, -(-count // size), block, out)
 
 
 def _correlate_weight(x, g, neighbours, count):
@@ -135,7 +151,7 @@ def _correlate_weight(x, g, neighbours, count):
 
     def block(i, total):
         start = jnp.minimum(i * size, capacity - size)
-        rows = jax.lax.dynamic_slice_in_dim(neighbours, start, size, axis=1).T
+        rows = _table_block(neighbours, start, size)
         gathered = padded.at[rows].get(mode="promise_in_bounds").reshape(size, taps * channels)
         slope = jax.lax.dynamic_slice_in_dim(g, start, size, axis=0)
         index = start + jnp.arange(size)
@@ -143,5 +159,6 @@ def _correlate_weight(x, g, neighbours, count):
         return total + jnp.dot(gathered.T, slope, preferred_element_type=jnp.float32)
 
     total = jnp.zeros((taps * channels, filters), jnp.float32)
-    total = jax.lax.fori_loop(0, -(-count // size), block, total)
+    with planned(-(-capacity // size)):
+        total = jax.lax.fori_loop(0, -(-count // size), block, total)
     return total.reshape(taps, channels, filters)

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
 from point_jax.geometry.pairs import Pairs
+
+_NEIGHBOURS = 14  # of 27 that a point of a room has, at most levels less
 
 
 def _block_size(capacity: int, channels: int) -> int:
@@ -69,7 +72,8 @@ def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
         return _add(out, rows, product)
 
     out = jnp.zeros((capacity, filters), jnp.float32)
-    return jax.lax.fori_loop(0, ends[-1], block, out).astype(x.dtype)
+    with planned(-(-capacity * _NEIGHBOURS // size)):
+        return jax.lax.fori_loop(0, ends[-1], block, out).astype(x.dtype)
 
 
 def gradients(
@@ -91,7 +95,8 @@ def gradients(
         grad, grad_weight = carry
         none = jnp.zeros((channels, filters), jnp.float32)
         blocks = -(-pairs.counts[tap] // size)
-        grad, total = jax.lax.fori_loop(0, blocks, block, (grad, none))
+        with planned(-(-capacity * _NEIGHBOURS // (taps * size))):
+            grad, total = jax.lax.fori_loop(0, blocks, block, (grad, none))
         return grad, grad_weight.at[tap].set(total)
 
     init = jnp.zeros((capacity, channels), jnp.float32), jnp.zeros(weight.shape, jnp.float32)

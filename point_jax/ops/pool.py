@@ -7,6 +7,8 @@ often as the largest cluster of the row needs.
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
+
 
 def _over_children(body, first_child: jax.Array, init):
     """Folds `body(j, rows, inside, carry)` over the j-th points of all clusters at once."""
@@ -15,7 +17,8 @@ def _over_children(body, first_child: jax.Array, init):
     def step(j, carry):
         return body(j, start + j, start + j < end, carry)
 
-    return jax.lax.fori_loop(0, (end - start).max(), step, init)
+    with planned(8):  # more only where voxels repeat
+        return jax.lax.fori_loop(0, (end - start).max(), step, init)
 
 
 def cluster_sum(x: jax.Array, first_child: jax.Array) -> jax.Array:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
+
 _BLOCK = 256
 
 
@@ -64,7 +66,8 @@ def log_sum_over_points(
         return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
 
     empty = jnp.full(len(directions), -jnp.inf)
-    return jax.lax.fori_loop(0, _num_blocks(count, size), add, empty)
+    with planned(-(-len(embedding) // size)):
+        return jax.lax.fori_loop(0, _num_blocks(count, size), add, empty)
 
 
 class Sums(NamedTuple):
@@ -141,7 +144,8 @@ def _forward(student, student_directions, blocks, temperature):
 
     zero, none = jnp.zeros(()), jnp.zeros(prototypes)
     init = jnp.zeros(len(student)), Sums(zero, zero, none, none)
-    return jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+    with planned(-(-len(student) // size)):
+        return jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
 
 
 @jax.custom_vjp
@@ -174,7 +178,8 @@ def _loss_bwd(saved, grads):
         return grad, grad_directions + score_slope.T @ _block(student, i, size)[0]
 
     init = jnp.zeros_like(student), jnp.zeros_like(student_directions)
-    grad, grad_directions = jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+    with planned(-(-len(student) // size)):
+        grad, grad_directions = jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
     return grad, grad_directions, None, None
 
 

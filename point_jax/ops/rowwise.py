@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
+
 Params = Any  # a pytree of arrays
 
 
@@ -68,7 +70,8 @@ def _forward(apply, params, x, count):
 
         whole = jax.eval_shape(apply, params, x)
         out = jnp.zeros(whole.shape, whole.dtype)
-        return jax.lax.fori_loop(0, -(-count // size), block, out)
+        with planned(-(-len(x) // size)):
+            return jax.lax.fori_loop(0, -(-count // size), block, out)
 
     return jax.lax.platform_dependent(cpu=in_blocks, default=lambda: apply(params, x))
 
@@ -96,7 +99,8 @@ def _bwd(apply, saved, g):
             return jax.tree.map(jnp.add, total, of_params), grad
 
         init = jax.tree.map(jnp.zeros_like, (params, x))
-        return jax.lax.fori_loop(0, -(-count // size), block, init)
+        with planned(-(-len(x) // size)):
+            return jax.lax.fori_loop(0, -(-count // size), block, init)
 
     def at_once():
         used = (jnp.arange(len(x)) < count)[:, None]

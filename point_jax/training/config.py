@@ -152,7 +152,7 @@ def default_config() -> Config:
     return config
 
 
-def parse_command_line(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+def parse_command_line(argv: Sequence[str]) -> tuple[Config, str]:
     """Reads `--config=FILE.py[:ARG] --workdir=DIR [--config.some.key=VALUE ...]`.
 
     Args:

@@ -1,0 +1,128 @@
+"""Compiles a training step for devices that are not there: does it fit, what does it cost?
+
+    python -m launch.dryrun --config=configs/sonata.py:base --topology=v5e:4x8
+    python -m launch.dryrun --config=configs/concerto.py:large --topology=2*v5e:16x16 \\
+        --config.train.batch=512 --json=plan.json
+
+  --topology=NAME   v4, v5e, v5p, v6e and tpu7x by the shape of a slice (v5e:4x8, v5p:4x4x4),
+                    several as 2*v5e:16x16; h100:4x8 for four hosts of eight GPUs; cpu:8
+  --slices=N        the same as N* before the name
+  --config=FILE, --config.any.key=VALUE   what is trained, as for launch.train
+  --json=FILE       the same numbers for programs
+  --hlo=FILE        the compiled program's text
+  --draws=3         how many draws of a furnished room's views tell what is needed; 0: none
+
+Needs no device: libtpu for TPUs (pip install 'point_jax[tpu]'), the compiler's part of JAX's CUDA
+plugin for GPUs (pip install 'point_jax[dryrun-cuda]'), each in an environment of its own. The whole
+step is compiled, which takes minutes. For config.images.encoder it takes a name as well
+(dinov2-with-registers-large, which is also what an empty one stands for): shapes need no weights.
+What the numbers are: docs/scaling.md. Exit codes: 0 fits; 3 does not fit; 1 an error, in one line
+on stderr.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from launch import command
+from launch.train import make_objective
+from point_jax.measure import topology as topologies
+from point_jax.measure.dryrun import dry_run, make_step
+from point_jax.measure.dryrun_text import record_text, verdict
+from point_jax.models.image_encoder import NetworkEncoder
+from point_jax.models.vit import DINOV2, dinov2_spec
+from point_jax.objectives.concerto import Concerto
+from point_jax.objectives.settings import DTYPES, encoded_images, make_concerto
+from point_jax.objectives.sonata import Sonata
+from point_jax.training import config as config_lib
+from point_jax.training.config import Config, ConfigError
+
+FITS, DOES_NOT_FIT = 0, 3
+NAMED = "dinov2-with-registers-"
+DEFAULT = f"{NAMED}large"
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: own flags, and those of the config."""
+    parser = command.Parser("launch.dryrun", add_help=False, allow_abbrev=False)
+    add = parser.add_argument
+    add("--topology", required=True)
+    add("--slices", type=int, default=1)
+    add("--config", required=True)
+    add("--draws", type=int, default=3)
+    add("--json", type=Path)
+    add("--hlo", type=Path)
+    given, rest = parser.parse_known_args(list(argv[1:]))
+    for flag in ("json", "hlo"):
+        path = vars(given)[flag]
+        if path and not path.absolute().parent.is_dir():
+            raise ConfigError(f"--{flag}={path}: there is no folder {path.parent}")
+    if given.draws < 0:
+        raise ConfigError(f"--draws={given.draws} is below 0")
+    return given, rest
+
+
+def read_config(given: argparse.Namespace, rest: Sequence[str]) -> Config:
+    """The config with its overrides."""
+    for word in rest:
+        if not word.startswith(("--config.", "--noconfig.")):
+            raise ConfigError(f"not a flag: {word}")
+    argv = ["dryrun", f"--config={given.config}", "--workdir=none", *rest]
+    config, _ = config_lib.parse_command_line(argv)  # nothing is written to the workdir
+    config_lib.check_config(config)
+    return config
+
+
+def objective_of(config: Config) -> Sonata | Concerto:
+    """What is learned; an image encoder that has a published name comes without weights."""
+    images = config.get("images")
+    if images is None or config.data.images.features:
+        return make_objective(config)[0]
+    encoder = images.encoder or DEFAULT
+    if not encoder.startswith(NAMED):
+        return make_objective(config)[0]
+    size = encoder.removeprefix(NAMED)
+    if size not in DINOV2 or images.dtype not in DTYPES:
+        known = ", ".join(NAMED + size for size in DINOV2)
+        raise ValueError(
+            f"config.images.encoder={encoder!r}, dtype={images.dtype!r}: known are {known} in "
+            f"{' or '.join(DTYPES)}"
+        )
+    print(f"images: {encoder}, shapes without weights", flush=True)
+    network = NetworkEncoder(dinov2_spec(size, DTYPES[images.dtype]))
+    return make_concerto(config, encoded_images(config, network))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plans what the command line says; returns the exit code."""
+    given, rest = parse(argv)
+    config = read_config(given, rest)
+    # The devices of this machine, if it has any, are left alone.
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        topology = topologies.parse(given.topology, given.slices)
+        step = make_step(objective_of(config), config, topology)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, command.FOR_THE_USER):
+            raise
+        raise ConfigError(str(error)) from error
+    print(f"compiling the training step for {topology}: minutes", flush=True)
+    record, text = dry_run(step, given.draws)
+    record = {"config": given.config, "overrides": list(rest), **record}
+    print(record_text(record))
+    if given.json:
+        given.json.write_text(json.dumps(record, indent=1) + "\n")
+    if given.hlo and text:
+        given.hlo.write_text(text)
+    if record["memory"]["fits"]:
+        return FITS
+    print(f"error: {verdict(record)}", file=sys.stderr)
+    return DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, sys.argv, __doc__))
