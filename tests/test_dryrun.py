@@ -167,6 +167,17 @@ def test_a_batch_of_products_that_is_written_as_a_convolution_counts_its_pairs_a
     assert flops("size=16", "0bf_0io->b0f", "64,1,8") == contracted
 
 
+def test_a_kernel_says_in_its_scope_what_it_multiplies():
+    text = (
+        "ENTRY %m (n: s32[2], a: bf16[64,48]) -> bf16[64,16] {\n"
+        "  %n = s32[2]{0} parameter(0)\n"
+        "  %a = bf16[64,48]{1,0} parameter(1)\n"
+        '  ROOT %c = bf16[64,16]{1,0} custom-call(%n, %a), custom_call_target="tpu_custom_call", '
+        'metadata={op_name="jit(f)/attention/products_4096/pallas_call"}\n}'
+    )
+    assert cost.count(hlo.parse(text)).flops == {"half": 4096.0}
+
+
 def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")

@@ -1,4 +1,4 @@
-"""Loops that run as often as a row has points."""
+"""What a program's text cannot tell: how often a loop runs, what a kernel multiplies."""
 
 import contextlib
 
@@ -12,3 +12,15 @@ def planned(times: int) -> contextlib.AbstractContextManager[object]:
     (`measure.cost`) reads here how often at most. It changes nothing else.
     """
     return jax.named_scope(f"planned_{times}")
+
+
+def products(operations: int) -> contextlib.AbstractContextManager[object]:
+    """Scope of one kernel written by hand, which and of its matrix products.
+
+    Compilers' texts have such kernels as calls of something unknown; `measure.cost` reads here what
+    their matrix products are, for a full row. It changes nothing else.
+
+    Args:
+      operations: multiplications and additions of the products.
+    """
+    return jax.named_scope(f"products_{operations}")

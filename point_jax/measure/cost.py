@@ -35,6 +35,7 @@ _FREE = frozenset(
 _PARTIAL = frozenset({"dynamic-slice", "slice", "gather"})  # read a part of their first operand
 # Marks of the TPU compiler's own, without work.
 _MARKS = re.compile(r"custom_call_target=\"(ConcatBitcast|Assume\w*|AsyncCollective\w*|Sharding)\"")
+_PRODUCTS = re.compile(r"\bproducts_(\d+)\b")
 _GEMM = re.compile(r'custom_call_target="__cublas\$')
 
 
@@ -207,6 +208,9 @@ class _Walk:
             return dict(total)
         if this.opcode == "custom-call" and _GEMM.search(this.attributes):
             number = _gemm_flops(this, around)
+        elif this.opcode == "custom-call" and (known := _PRODUCTS.search(this.op_name)):
+            read = [shape for name in this.operands for shape in _shapes(around, name)]
+            return {_precision(this, max(read, key=lambda shape: shape.elements)): float(known[1])}
         elif this.opcode == "dot":
             left = _operand(this, around, 0)
             contracted = math.prod(left.sizes[d] for d in this.numbers("lhs_contracting_dims"))

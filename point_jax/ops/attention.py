@@ -18,6 +18,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from point_jax.geometry.loops import products
 from point_jax.ops import attention_loop
 
 SAVED = ("attention_out", "attention_lse")  # names of what the backward pass keeps
@@ -103,11 +104,19 @@ def _kernels(platform: str):
 
 
 def _forward_kernel(platform, qkv, segment, used, narrow=None, *, clouds, width):
-    return _kernels(platform).forward(width, qkv, segment, narrow, used)
+    with products(2 * _product(width, qkv)):  # scores, mixing
+        return _kernels(platform).forward(width, qkv, segment, narrow, used)
 
 
 def _backward_kernel(platform, qkv, segment, used, out, lse, g, narrow=None, *, clouds, width):
-    return [_kernels(platform).backward(width, qkv, segment, narrow, used, out, lse, g)]
+    with products(5 * _product(width, qkv)):  # scores, their slopes, and three gradients
+        return [_kernels(platform).backward(width, qkv, segment, narrow, used, out, lse, g)]
+
+
+def _product(width, qkv):
+    """Operations of one of a row's products, queries by keys or the like."""
+    slots, _, heads, channels = qkv.shape
+    return 2 * slots * width * heads * channels
 
 
 def _primitive(name, shapes, loop, kernel):
