@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import planned
+
 
 def sort_words(words: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Sorts rows by a key of several unsigned words; stable.
@@ -44,7 +46,8 @@ def sort_words(words: Sequence[jax.Array]) -> tuple[tuple[jax.Array, ...], jax.A
             return tuple(part[source] for part in state)
 
         passes = (bit_length(jnp.max(words[place])) + digit_bits - 1) // digit_bits
-        state = jax.lax.fori_loop(0, passes, sort_digit, state)
+        with planned(-(-32 // digit_bits)):
+            state = jax.lax.fori_loop(0, passes, sort_digit, state)
     return state[:-1], state[-1]
 
 

@@ -19,7 +19,7 @@ Sources, read in 2026:
 from dataclasses import dataclass
 from typing import Literal
 
-GIGA, TERA, GIB = 1e9, 1e12, 2**30
+GIGA, TERA, MIB, GIB = 1e9, 1e12, 2**20, 2**30
 
 
 @dataclass(frozen=True)

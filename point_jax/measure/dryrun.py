@@ -225,7 +225,7 @@ def _planned(compiled: Any, known: Mapping[str, Any], limit: float | None) -> Re
     rest = plan.temp_size_in_bytes - known["gradients"] - known["activations"]
     return {
         "arguments": plan.argument_size_in_bytes,
-        "padding": plan.argument_size_in_bytes - state,
+        "padding": max(0, plan.argument_size_in_bytes - state),  # unused ones are left out
         "outputs": fresh,
         "temporaries": plan.temp_size_in_bytes,
         "other_temporaries": max(0, rest),

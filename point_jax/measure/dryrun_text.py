@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from point_jax.measure.chips import GIB, GIGA, TERA
+from point_jax.measure.chips import GIB, GIGA, MIB, TERA
 
 _SIZES = (
     ("student", "parameters, student"),
@@ -115,7 +115,8 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
+    """GiB, or MiB for less than a hundredth."""
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 100 else f"{size / MIB:.2f} MiB"
 
 
 def _ms(seconds: float) -> str:
