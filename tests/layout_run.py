@@ -84,7 +84,7 @@ def start(out, processes, devices, fsdp, steps=STEPS):
     ]  # fmt: skip
 
 
-def finish(children, timeout=600):
+def finish(children, timeout=1200):
     """Waits for processes; one that fails ends all and tells what it said."""
     try:
         for child in children:

@@ -286,7 +286,7 @@ def test_missing_colours_and_normals_are_zeros(tmp_path):
     ("source", "message"),
     [
         (dict(kind="folders"), "'folders' in a data source: did you mean 'folder'"),
-        (dict(root="x"), "None in a data source: known are folder, rooms"),
+        (dict(root="x"), "None in a data source: known are folder, packed, rooms"),
         (dict(kind="folder", roots="x"), "'roots' .* did you mean 'root'"),
         (dict(kind="rooms", seeds=(4, 4)), "seeds=.*first < end"),
         (dict(kind="rooms", weight=0.0), "weight is 0.0, expected a number above 0"),
