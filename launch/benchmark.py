@@ -117,12 +117,7 @@ def _count(text: str) -> int:
 
 def read_config(given: argparse.Namespace, rest: Sequence[str]) -> Config:
     """The config with its overrides and the dtype of the command line."""
-    for word in rest:
-        if not word.startswith(("--config.", "--noconfig.")):
-            raise ConfigError(f"not a flag: {word}")
-    argv = ["benchmark", f"--config={given.config}", "--workdir=none", *rest]
-    config, _ = config_lib.parse_command_line(argv)  # nothing is written to the workdir
-    config_lib.check_config(config)
+    config = command.config_alone("benchmark", given.config, rest)
     network: Any = config.network
     network.dtype = given.dtype
     return config

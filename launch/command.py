@@ -14,7 +14,7 @@ import jax
 from point_jax.data.scenes import SceneError
 from point_jax.training import mesh
 from point_jax.training.checkpoint import CheckpointError
-from point_jax.training.config import ConfigError
+from point_jax.training.config import Config, ConfigError, check_config, parse_command_line
 from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
 from point_jax.training.metrics import MetricsError
 
@@ -75,6 +75,26 @@ def split_job(argv: Sequence[str]) -> tuple[list[str], mesh.Job]:
     parser.add_argument("--process", type=int)
     given, rest = parser.parse_known_args(argv[1:])
     return [argv[0], *rest], mesh.Job(given.coordinator, given.processes, given.process)
+
+
+def config_alone(program: str, config_file: str, rest: Sequence[str]) -> Config:
+    """The config of a command that has flags of its own and no workdir.
+
+    Args:
+        program: its name.
+        config_file: what --config says.
+        rest: of the command line, overrides of the config.
+
+    Raises:
+        ConfigError: a flag that is no override, or a config that cannot be.
+    """
+    for word in rest:
+        if not word.startswith(("--config.", "--noconfig.")):
+            raise ConfigError(f"not a flag: {word}")
+    argv = [program, f"--config={config_file}", "--workdir=none", *rest]
+    config, _ = parse_command_line(argv)  # nothing is written to the workdir
+    check_config(config)
+    return config
 
 
 def keep_compiled() -> None:

@@ -38,7 +38,6 @@ from point_jax.models.vit import DINOV2, dinov2_spec
 from point_jax.objectives.concerto import Concerto
 from point_jax.objectives.settings import DTYPES, encoded_images, make_concerto
 from point_jax.objectives.sonata import Sonata
-from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
 
 FITS, DOES_NOT_FIT = 0, 3
@@ -66,17 +65,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, rest
 
 
-def read_config(given: argparse.Namespace, rest: Sequence[str]) -> Config:
-    """The config with its overrides."""
-    for word in rest:
-        if not word.startswith(("--config.", "--noconfig.")):
-            raise ConfigError(f"not a flag: {word}")
-    argv = ["dryrun", f"--config={given.config}", "--workdir=none", *rest]
-    config, _ = config_lib.parse_command_line(argv)  # nothing is written to the workdir
-    config_lib.check_config(config)
-    return config
-
-
 def objective_of(config: Config) -> Sonata | Concerto:
     """What is learned; an image encoder that has a published name comes without weights."""
     images = config.get("images")
@@ -100,7 +88,7 @@ def objective_of(config: Config) -> Sonata | Concerto:
 def main(argv: Sequence[str]) -> int:
     """Plans what the command line says; returns the exit code."""
     given, rest = parse(argv)
-    config = read_config(given, rest)
+    config = command.config_alone("dryrun", given.config, rest)
     # The devices of this machine, if it has any, are left alone.
     jax.config.update("jax_platforms", "cpu")
     try:

@@ -11,7 +11,7 @@ The folder is written beside its place and renamed into it, so it is whole or ab
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from point_jax.features import standalone
 from point_jax.features.encoder import Encoder, row_function
 from point_jax.features.head import SegmentationHead
 from point_jax.interop.atomic import new_folder
-from point_jax.interop.store import leaves
+from point_jax.interop.store import count, leaves
 from point_jax.models.spec import PTv3Spec
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
@@ -71,7 +71,7 @@ def export_bucket(
     """
     run = row_function(spec)
     tree = jax.tree.structure(params)
-    names = [name for name, _ in named(params)]
+    names = [name for name, _ in leaves(params)]
 
     def encode(arrays, inputs):
         own = jax.tree.unflatten(tree, [arrays[name] for name in names])
@@ -87,15 +87,9 @@ def export_bucket(
     }
     if spec.rotary:
         inputs["coord"] = jax.ShapeDtypeStruct((points, 3), jnp.float32)
-    arrays = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named(params)}
+    arrays = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves(params)}
     program = jax.export.export(jax.jit(encode), platforms=platforms, disabled_checks=[TRITON])
     return program(arrays, inputs)
-
-
-def named(params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Slashed name and array of every leaf, in the order of `jax.tree.leaves`."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        yield "/".join(str(entry.key) for entry in path), leaf
 
 
 def write_export(
@@ -124,7 +118,7 @@ def write_export(
     """
     assert encoder.inputs is not None
     spec, params = encoder.spec, jax.device_get(encoder.params)
-    arrays = dict(named(params))
+    arrays = dict(leaves(params))
     if head is not None:
         arrays |= {"head/kernel": head.kernel, "head/bias": head.bias}
     with new_folder(folder) as temporary:
@@ -156,7 +150,7 @@ def write_export(
                 for capacities, file in zip(buckets, files, strict=True)
             ],
             "parameters": {
-                "count": sum(int(np.size(array)) for _, array in leaves(params)),
+                "count": count(params),
                 **_describe(temporary / standalone.PARAMETERS),
             },
         }

@@ -8,6 +8,7 @@ How a tree is cut is a tree of its own, one int a leaf: the dimension that is cu
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,7 +53,7 @@ def cuts(params: Mapping[str, Tree], section: Config, size: int) -> dict[str, Tr
 
     def cut(path: str, shape: tuple[int, ...]) -> int:
         wanted: Any = next((wanted for rule, wanted in rules if rule.search(path)), _WHOLE)
-        if wanted == _WHOLE or size == 1 or len(shape) < 2 or _size(shape) < section.smallest:
+        if wanted == _WHOLE or size == 1 or len(shape) < 2 or math.prod(shape) < section.smallest:
             return WHOLE
         first = 1 if _STACKED in f".{path}" else 0
         fitting = [i for i in range(first, len(shape)) if shape[i] % size == 0]
@@ -163,13 +164,6 @@ def _path(keys: Sequence[Any]) -> str:
 def _leaves(tree: Tree) -> Iterator[tuple[str, Any]]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield _path(keys), leaf
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def _unmatched(pattern: str, shapes: Mapping[str, Any]) -> str:
