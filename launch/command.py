@@ -1,6 +1,7 @@
 """How every command ends: an exit code, and for errors one line on stderr."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -11,8 +12,9 @@ from typing import NoReturn
 
 import jax
 
+from point_jax.data.patience import HangingInput
 from point_jax.data.scenes import SceneError
-from point_jax.training import mesh
+from point_jax.training import mesh, peers
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import Config, ConfigError, check_config, parse_command_line
 from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
@@ -22,6 +24,8 @@ FOR_THE_USER = (
     *(ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped),
     FloatingPointError,
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: nothing can be written there
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +45,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         usage: what `--help` prints.
 
     Returns:
-        What `main` returned; 0 after `--help`; 1 after an error.
+        What `main` returned; 0 after `--help`; 1 after an error. From an error it does not come
+        back as one of several processes (`peers.leave`), nor when input hangs.
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)
@@ -50,13 +55,20 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
     try:
         return main(argv)
     except FOR_THE_USER as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        message = "interrupted before there was anything to save"
-    except Exception as error:  # a fault of the program: the way to it helps whoever mends it
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-    print(f"error{mesh.which_process()}:", " ".join(message.split()), file=sys.stderr, flush=True)
+        failure, message = error, str(error)
+    except KeyboardInterrupt as error:
+        failure, message = error, "interrupted before there was anything to save"
+    except Exception as error:
+        failure, message = error, f"{type(error).__name__}: {error}"
+        if getattr(error, "errno", None) in FULL:
+            message = str(error)
+        else:  # a fault of the program: the way to it helps whoever mends it
+            traceback.print_exc()
+    message = " ".join(message.split())
+    print(f"error{peers.which_process()}:", message, file=sys.stderr, flush=True)
+    peers.leave(failure, message, FAILED)
+    if isinstance(failure, HangingInput):
+        peers.end(FAILED)  # the usual end would wait for the thread that hangs
     return FAILED
 
 

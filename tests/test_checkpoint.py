@@ -1,5 +1,6 @@
 """Checkpoints survive what a kill or a bad disk leaves behind, and never load the wrong thing."""
 
+import resource
 import shutil
 from typing import Any
 
@@ -146,6 +147,28 @@ DAMAGES = [
     *(cut_file, change_one_bit, remove_data, remove_manifest),
     *(remove_state, remove_meta, tear_meta, empty),
 ]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
+    """Found by the next save or wait, and told with the reason."""
+    state = {"student": {"w": jax.random.normal(jax.random.key(0), (100, 1000))}}
+    checkpoints, before = Checkpoints(tmp_path, 2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        checkpoints.save(2, state, {})
+        with pytest.raises(CheckpointError, match="File too large.*newest one is that of step 1"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    again = Checkpoints(tmp_path, 2)
+    found = again.restore(template(state))
+    assert found is not None and same(found[0], state)
+    again.save(2, state, {})
+    again.close()
+    assert steps(tmp_path) == ["1", "2"]
 
 
 # Orbax leaves coroutines behind when a read fails.

@@ -1,6 +1,8 @@
 """The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import kill_run
 import numpy as np
 import pytest
 import toy_run
@@ -20,7 +23,7 @@ from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import ConfigError
 from point_jax.training.loop import TrainingStopped
 from point_jax.training.mesh import check_batch
-from point_jax.training.metrics import finished, read_metrics
+from point_jax.training.metrics import MetricsError, finished, read_metrics
 
 
 def config(**changes: object) -> ConfigDict:
@@ -99,24 +102,27 @@ def test_another_seed_is_another_run(unbroken, tmp_path):
 
 
 def test_killed_anywhere_the_same_command_ends_with_the_same_bits(tmp_path):
-    """Saves at every step and keeps one: most moments are in the middle of a save or deletion."""
-    changes = {"train.steps": 40, "checkpoint.every": 1, "checkpoint.keep": 1, "data.seconds": 0.01}
+    """20 times. Saves at every step and keeps one: most moments are amid a save or a deletion."""
+    changes = {
+        "train.steps": 200,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 1,
+        "data.seconds": 0.01,
+    }
     arguments = [f"--config.{key}={value}" for key, value in changes.items()]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(whole, **changes) == 0
-    for step in (3, 20):
-        process = start(killed, *arguments)
-        wait_for_step(killed, step, process)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    process = start(killed, *arguments)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert "going on after step" in out
+    process = subprocess.run(
+        [sys.executable, kill_run.__file__, f"--workdir={killed}", "--kills=20", *arguments],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    told = process.stdout.splitlines()
+    assert len(told) == 20 and any("a save" in line for line in told)
     assert digest(killed) == digest(whole)
     losses = [[line.get("loss") for line in read_metrics(folder)] for folder in (killed, whole)]
     assert losses[0] == losses[1]
-    assert [line["step"] for line in read_metrics(killed)] == [*range(1, 41), 40]
+    assert [line["step"] for line in read_metrics(killed)] == [*range(1, 201), 200]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -385,3 +391,27 @@ def test_a_run_goes_on_where_devices_share_the_state_otherwise(tmp_path, monkeyp
         for name in ("whole", "broken")
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """Writes beyond it fail as on a full disk: `File too large`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
+    """And when there is space again the same command goes on from the newest checkpoint."""
+    changes = {"train__steps": 100, "checkpoint__every": 20}
+    full, whole = tmp_path / "full", tmp_path / "whole"
+    assert run(whole, **changes) == 0
+    size = (whole / "metrics.jsonl").stat().st_size // 2
+    with no_file_above(size), pytest.raises(MetricsError, match="File too large.*goes on"):
+        run(full, **changes)
+    assert 20 <= read_metrics(full)[-1]["step"] < 80
+    assert run(full, **changes) == 0
+    assert digest(full) == digest(whole)

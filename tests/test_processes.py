@@ -1,19 +1,21 @@
 """Processes of a job: found or told, one of them writes, each says what ends it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 import toy_run
 
 from launch.command import split_job
-from point_jax.training import mesh
+from point_jax.training import checkpoint, mesh, peers
 from point_jax.training.config import ConfigError
 from point_jax.training.mesh import Job, start_processes
-from point_jax.training.metrics import read_metrics
+from point_jax.training.metrics import finished, read_metrics
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
@@ -28,7 +30,12 @@ FOUND = {"local_device_ids": None}
 def start(monkeypatch):
     """What `jax.distributed.initialize` is called with for an environment; None if it is not."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: calls.append(a or k))
+
+    def initialize(*told, heartbeat_timeout_seconds, **found):
+        assert heartbeat_timeout_seconds == peers.HEARTBEAT
+        calls.append(told or found)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     have = {"libtpu", "kubernetes"}
     monkeypatch.setattr(mesh.importlib.util, "find_spec", lambda name: name in have or None)
 
@@ -96,19 +103,27 @@ def test_the_command_line_tells():
         split_job(["train", "--processes=two"])
 
 
-def together(workdir, *arguments):
-    """Two processes of the toy, one device each: their exit codes, outputs and errors."""
+def begin(workdir, *arguments):
+    """Two processes of the toy, one device each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         job = f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"
     command = [sys.executable, toy_run.__file__, f"--config={toy_run.__file__}"]
-    children = [
+    return [
         subprocess.Popen(
             [*command, f"--workdir={workdir}", *job, f"--process={i}", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
+
+
+def together(workdir, *arguments):
+    """Their exit codes, outputs and errors."""
+    return ends(begin(workdir, *arguments))
+
+
+def ends(children):
     try:
         said = [child.communicate(timeout=300) for child in children]
     finally:
@@ -125,8 +140,70 @@ def test_one_process_writes_and_each_says_what_ends_it(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 7), 6]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
-    ends = together(tmp_path / "bad", "--config.data.nan=(2,12)", "--config.train.steps=12")
-    for number, (code, _, error) in enumerate(ends):
+    bad = together(tmp_path / "bad", "--config.data.nan=(2,12)", "--config.train.steps=12")
+    for number, (code, _, error) in enumerate(bad):
         wanted = f"error of process {number} of 2 on {socket.gethostname()}: 3 steps in a row"
         assert code == 1 and wanted in error, error
     assert os.listdir(tmp_path / "bad" / "checkpoints")
+
+
+HANGS = "no batch for 2 s (being read: scene_7)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "who", "why"),
+    [
+        (["--config.data.fails=(1,5)"], 1, "scene_7: coord.npy is cut off"),
+        (["--config.data.fails=(0,5)"], 0, "scene_7: coord.npy is cut off"),
+        (["--config.data.hangs=(1,5)", "--config.data.patience=2.0"], 1, HANGS),
+    ],
+)
+def test_a_process_that_fails_takes_the_others_with_it(tmp_path, arguments, who, why):
+    """Instead of leaving them in a sum that never ends; all say who it was and why."""
+    codes = together(tmp_path, "--config.train.steps=1000", *arguments)
+    host = socket.gethostname()
+    for number, (code, _, error) in enumerate(codes):
+        whose = why if number == who else f"process {who} on {host} failed: {why}"
+        assert code == 1 and f"error of process {number} of 2 on {host}: {whose}" in error, error
+        assert "Traceback" not in error
+
+
+LONG = "--config.train.steps=100", "--config.data.seconds=0.05"
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    assert [code for code, *_ in together(workdir, *LONG)] == [0, 0]
+    return workdir
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_that_is_killed_ends_the_job(tmp_path, unbroken, who):
+    """Within a minute, with a code that schedulers start again; and nothing is lost then."""
+    children = begin(tmp_path, *LONG)
+    deadline = time.monotonic() + 120
+    while not checkpoint.any_saved(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children[who].kill()
+    killed = time.monotonic()
+    codes = ends(children)
+    assert time.monotonic() - killed < 60
+    assert codes[who][0] == -signal.SIGKILL
+    code, _, error = codes[1 - who]
+    assert code == -signal.SIGABRT, error
+    if who == 1:
+        host = socket.gethostname()
+        assert f"warning of process 0 of 2 on {host}: process 1 of 2 on {host} has given" in error
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in error
+    else:  # it holds what the processes know of one another
+        assert "the JAX distributed service detected fatal errors" in error
+
+    assert [code for code, *_ in together(tmp_path, *LONG)] == [0, 0]
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def digest(workdir):
+    done = finished(workdir)
+    assert done is not None
+    return done["params_digest"]

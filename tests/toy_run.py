@@ -4,6 +4,7 @@ python tests/toy_run.py --config=tests/toy_run.py --workdir=DIR [--config.key=VA
 """
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch import command
+from point_jax.data.patience import Patient
+from point_jax.data.scenes import SceneError
 from point_jax.objectives.teacher import move_teacher
 from point_jax.training import optimizer
 from point_jax.training.config import default_config, parse_command_line
@@ -34,6 +37,9 @@ def get_config() -> ConfigDict:
     config.train.max_bad_steps = 3
     config.checkpoint.every = 4
     config.data = ConfigDict({"seconds": 0.0, "nan": (-1, -1), "points": 5, "threads": 1})
+    # (process, batch) in which a scene cannot be read, or is never read to its end
+    config.data.fails = config.data.hangs = (-1, -1)
+    config.data.patience = 600.0
     return config
 
 
@@ -94,8 +100,19 @@ def make_batches(
     data: Any, seed: int, scenes: int, start: int, process: int, processes: int
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batch k is a function of (seed, k); batches in `data.nan` hold NaN."""
+    batches = generate(data, seed, scenes, start, process, processes)
+    return Patient(batches, data.patience, lambda: "being read: scene_7")
+
+
+def generate(
+    data: Any, seed: int, scenes: int, start: int, process: int, processes: int
+) -> Iterator[dict[str, np.ndarray]]:
     local = scenes // processes
     while True:
+        if tuple(data.fails) == (process, start):
+            raise SceneError("scene_7: coord.npy is cut off")
+        if tuple(data.hangs) == (process, start):
+            threading.Event().wait()
         rng = np.random.default_rng((seed, start))
         coord = rng.normal(size=(scenes, 5, 3)).astype(np.float32)
         if data.nan[0] <= start < data.nan[1]:

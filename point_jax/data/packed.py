@@ -184,8 +184,8 @@ class PackedDataset:
         Raises:
             SceneError: names the shard and what is wrong.
         """
-        shard, place = self._find(index)
-        what = f"{self._root / shard.file}: record {place} (scene {self.names[index]})"
+        shard, _ = self._find(index)
+        what = self.describe(index)
         record = _read(self._scenes, index, what)
         try:
             arrays = decode_arrays(record)
@@ -193,6 +193,11 @@ class PackedDataset:
             raise SceneError(f"{what}: not the arrays of a scene ({error})") from error
         folder = Path(str(self._root / shard.file)) / self.names[index]
         return make_scene(folder, arrays.get, self.units, self.up, self.segment, self.classes)
+
+    def describe(self, index: int) -> str:
+        """Shard, record and name of scene `index`, for messages."""
+        shard, place = self._find(index)
+        return f"{self._root / shard.file}: record {place} (scene {self.names[index]})"
 
     def images(self, index: int, scene: Scene) -> Images | None:
         """The images of scene `index`, a record each; None where it has none.

@@ -25,6 +25,7 @@ from point_jax.data.images import (
     pad_images,
     pixel_content,
 )
+from point_jax.data.patience import Patient, Reading
 from point_jax.data.scenes import Scene, SceneError
 from point_jax.data.sources import (
     Source,
@@ -32,6 +33,7 @@ from point_jax.data.sources import (
     first_scenes,
     images_indexed,
     load_indexed,
+    name_indexed,
     with_features,
 )
 
@@ -42,6 +44,7 @@ DATA_LIMITS = {
     "threads": limits.whole(0),
     "prefetch": limits.whole(0),
     "cache": limits.whole(0),
+    "patience": limits.number(above=0),
 }
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ def default_data() -> ConfigDict:
     data.threads = 4  # that load scenes
     data.prefetch = 2  # batches loaded ahead
     data.cache = 64  # scenes kept in memory: about 4 MB each for 100,000 points
+    data.patience = 600.0  # seconds without a batch after which the run ends
     data.images = default_images()  # of the scenes that have any
     data.held_out = ConfigDict({"sources": (), "scenes": 0})  # for pictures; never trained on
     data.held_out.lock()
@@ -186,7 +190,8 @@ def make_batches(
 
     Raises:
         ValueError: for a batch that the processes cannot share, or a wrong source.
-        SceneError: for a data set's folder without what it needs.
+        SceneError: for a data set's folder without what it needs. The iterator raises its kind
+            HangingInput when a batch is not there within `data.patience` seconds.
     """
     if global_batch % process_count:
         raise ValueError(
@@ -203,11 +208,14 @@ def make_batches(
         content = stored.content
     stream = scene_stream(sources, seed)
 
+    reading = Reading()
+
     @functools.lru_cache(maxsize=data.cache)
     def load(scene: int) -> tuple[Scene, Images | None]:
-        loaded = load_indexed(sources, scene)
-        images = images_indexed(sources, scene, loaded) if data.images.count else None
-        return change(loaded), images
+        with reading(name_indexed(sources, scene)):
+            loaded = load_indexed(sources, scene)
+            images = images_indexed(sources, scene, loaded) if data.images.count else None
+            return change(loaded), images
 
     skipped = set[int]()  # scenes named before: each comes again every epoch
 
@@ -244,7 +252,7 @@ def make_batches(
     items = grain.MapDataset.range(sys.maxsize).map(slot)
     batches = iter(items.to_iter_dataset(options).batch(local))
     batches.start_prefetch()  # loads while the step compiles
-    return batches
+    return Patient(batches, data.patience, lambda: str(reading))
 
 
 def batch_shapes(data: Any, scenes: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -41,6 +41,7 @@ class Source:
             SceneError.
         root: folder of the data set; None for scenes that are made on the fly, or lie in an object
             store.
+        name: index -> what a message calls the scene before it is loaded.
     """
 
     size: int
@@ -48,6 +49,7 @@ class Source:
     weight: float = 1.0
     images: Callable[[int, Scene], Images | None] = lambda index, scene: None
     root: Path | None = None
+    name: Callable[[int], str] = str
 
 
 def folder_source(
@@ -61,7 +63,14 @@ def folder_source(
 ) -> Source:
     """The scene folders of `root`; see `point_jax.data.scenes.Dataset` for the arguments."""
     dataset = Dataset(root, splits, units, up, segment or None, image_splits)
-    return Source(len(dataset), dataset.load, weight, dataset.images, dataset.root)
+    return Source(
+        len(dataset),
+        dataset.load,
+        weight,
+        dataset.images,
+        dataset.root,
+        lambda index: str(dataset.folders[index]),
+    )
 
 
 def packed_source(
@@ -72,7 +81,9 @@ def packed_source(
 ) -> Source:
     """Scenes that `data_prep.pack` packed; see `point_jax.data.packed.PackedDataset`."""
     packed = PackedDataset(root, splits, segment or None)
-    return Source(len(packed), packed.load, weight, packed.images, packed.local_root)
+    return Source(
+        len(packed), packed.load, weight, packed.images, packed.local_root, packed.describe
+    )
 
 
 def rooms_source(
@@ -93,6 +104,7 @@ def rooms_source(
         lambda index: make_room(first + index, room),
         weight,
         lambda index, scene: RoomImages(first + index, room, scene.coord),
+        name=lambda index: f"procedural room {first + index}",
     )
 
 
@@ -193,6 +205,12 @@ def load_indexed(sources: Sequence[Source], scene: int) -> Scene:
     """Loads a scene by its index among all sources, laid end to end."""
     source, index = _locate(sources, scene)
     return source.load(index)
+
+
+def name_indexed(sources: Sequence[Source], scene: int) -> str:
+    """What messages call a scene, by its index among all sources; nothing is read."""
+    source, index = _locate(sources, scene)
+    return source.name(index)
 
 
 def images_indexed(sources: Sequence[Source], scene: int, loaded: Scene) -> Images | None:

@@ -6,6 +6,7 @@ there leaves a folder that lists as a step and cannot be read, which is why `res
 next one. Orbax notices missing and cut files but not changed bytes: checksums are ours.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ FOLDER = "checkpoints"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, and why."""
+    """A checkpoint that cannot be used or written, and why."""
 
 
 class Checkpoints:
@@ -50,14 +51,15 @@ class Checkpoints:
             meta: JSON values to keep beside it.
 
         Raises:
-            Exception: the previous save failed (disk full, no permission).
+            CheckpointError: this save or the previous one failed (disk full, no permission).
         """
         sums = {name: int(value) for name, value in checksums(state).items()}
         content = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({**meta, "step": step, "checksums": sums}),
         )
-        self._manager.save(step, args=content, force=True)
+        with self._saving():
+            self._manager.save(step, args=content, force=True)
 
     def restore(
         self, template: Tree, say: Callable[[str], object] = print
@@ -110,13 +112,30 @@ class Checkpoints:
         """Returns when everything is on disk.
 
         Raises:
-            Exception: a save failed.
+            CheckpointError: a save failed.
         """
-        self._manager.wait_until_finished()
+        with self._saving():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the background threads."""
-        self._manager.close()
+        """Waits, then releases the background threads; errors as of `wait`."""
+        with self._saving():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Says of a save that fails, now or in the background, why, and what is there still."""
+        try:
+            yield
+        except Exception as error:  # whatever a full disk makes the libraries raise
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            folder = Path(self._manager.directory)
+            steps = _steps(folder)
+            kept = f"the newest one is that of step {steps[-1].name}" if steps else "there is none"
+            raise CheckpointError(
+                f"a checkpoint could not be written under {folder} ({why}); {kept}, and once the "
+                "cause is removed the same command goes on from there"
+            ) from error
 
 
 def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:

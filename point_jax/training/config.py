@@ -24,7 +24,7 @@ PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "
 HARMLESS = (
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
     *("mesh.fsdp", "mesh.rules", "mesh.smallest", "network.remat", "network.remat_levels"),
-    *("data.threads", "data.prefetch", "data.cache", "data.skip_bad"),
+    *("data.threads", "data.prefetch", "data.cache", "data.skip_bad", "data.patience"),
     *("data.held_out.sources", "data.held_out.scenes"),
     *("test.sources", "test.first_grid", "test.votes", "test.submission"),
     *("test.floors", "test.robustness"),

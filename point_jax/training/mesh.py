@@ -8,7 +8,6 @@ import glob
 import importlib.util
 import os
 import re
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from point_jax.training import peers
 from point_jax.training.config import ConfigError
 
 DATA, FSDP = "data", "fsdp"
@@ -52,18 +52,13 @@ def start_processes(job: Job = Job(), env: Mapping[str, str] = os.environ) -> No
     told = _told(job, env)
     if told.processes == 1:
         return
+    patience: Any = {"heartbeat_timeout_seconds": peers.HEARTBEAT}
     if told.processes is not None:
-        jax.distributed.initialize(told.coordinator, told.processes, told.process)
+        jax.distributed.initialize(told.coordinator, told.processes, told.process, **patience)
     elif found := _found(env):
         devices = _all_of_a_host(env) if found in ("SLURM", "Open MPI") else None
-        jax.distributed.initialize(local_device_ids=devices)
-
-
-def which_process() -> str:
-    """For messages: " of process 3 of 8 on HOST"; nothing where there is only one."""
-    if not jax.distributed.is_initialized():
-        return ""
-    return f" of process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}"
+        jax.distributed.initialize(local_device_ids=devices, **patience)
+    peers.watch()
 
 
 def _told(job: Job, env: Mapping[str, str]) -> Job:

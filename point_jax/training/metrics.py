@@ -1,24 +1,30 @@
 """What a run writes down: `metrics.jsonl`, TensorBoard events, and the digest of its parameters."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 
 from point_jax.training.config import write_atomically
 
+_proto: Any = event_pb2  # its classes are made at run time
 FILE = "metrics.jsonl"
+FLUSH = 10.0  # seconds from one writing of TensorBoard's events to the disk to the next
 
 
 class MetricsError(ValueError):
-    """A file of metrics that cannot be read, and where."""
+    """A file of metrics that cannot be read or written, and where."""
 
 
 class MetricsWriter:
@@ -40,38 +46,80 @@ class MetricsWriter:
             kept = [line for line in read_metrics(workdir) if line["step"] <= restored_step]
             write_atomically(self._file, "".join(json.dumps(line) + "\n" for line in kept))
         self._out = self._file.open("a")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=restored_step + 1 if restored_step else None,
-            flush_secs=10,
-            # The name's time stamp counts seconds: two starts within one would share a file.
-            filename_suffix=f".{os.getpid()}.{restored_step}",
-        )
+        self._board = _Board(workdir / "tensorboard", restored_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one step's values, in the order given."""
+        """Writes one step's values, in the order given.
+
+        Raises:
+            MetricsError: the line could not be written.
+        """
         line: dict[str, Any] = {"step": step}
         for name, value in values.items():
             line[name] = value if math.isfinite(value) else None
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
         wrong = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
         if wrong:
             line["nonfinite"] = wrong
         self._line(line)
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        with self._writing(self._board.folder):
+            self._board.write(step, finite)
 
     def event(self, name: str, step: int, **values: str | float) -> None:
         """Writes a line `{"event": name, "step": step, ...}`."""
         self._line({"event": name, "step": step, **values})
 
     def _line(self, line: Mapping[str, Any]) -> None:
-        self._out.write(json.dumps(line, allow_nan=False) + "\n")
-        self._out.flush()
+        with self._writing(self._file):
+            self._out.write(json.dumps(line, allow_nan=False) + "\n")
+            self._out.flush()
+
+    @contextlib.contextmanager
+    def _writing(self, place: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MetricsError(
+                f"cannot write {place} ({error.strerror}); the checkpoints before are kept, and "
+                "once the cause is removed the same command goes on from the newest"
+            ) from error
 
     def close(self) -> None:
         """Flushes and closes everything."""
+        for file in (self._out, self._board):
+            with contextlib.suppress(OSError):  # `write` has told: every line is flushed there
+                file.close()
+
+
+class _Board:
+    """Events for TensorBoard, written by the one who has them.
+
+    tensorboardX's own writer does it in a thread, which a full disk ends without a word: the run
+    then waits for ever for space in its queue.
+    """
+
+    def __init__(self, folder: Path, restored_step: int) -> None:
+        self.folder, self._flushed = folder, time.monotonic()
+        folder.mkdir(exist_ok=True)
+        # The name's time stamp counts seconds: two starts within one would share a file.
+        suffix = f".{os.getpid()}.{restored_step}"
+        self._out = EventsWriter(str(folder / "events"), suffix)
+        if restored_step:
+            begin = _proto.SessionLog(status=_proto.SessionLog.START)
+            self._out.write_event(_proto.Event(step=restored_step + 1, session_log=begin))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.time()
+        for name, value in values.items():
+            self._out.write_event(
+                _proto.Event(step=step, wall_time=now, summary=scalar(name, value))
+            )
+        if time.monotonic() - self._flushed > FLUSH:
+            self._out.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
         self._out.close()
-        self._board.close()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
