@@ -14,6 +14,7 @@ import jax
 
 from point_jax.data.patience import HangingInput
 from point_jax.data.scenes import SceneError
+from point_jax.storage import StorageError
 from point_jax.training import mesh, peers
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import Config, ConfigError, check_config, parse_command_line
@@ -22,7 +23,7 @@ from point_jax.training.metrics import MetricsError
 
 FOR_THE_USER = (
     *(ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped),
-    FloatingPointError,
+    *(StorageError, FloatingPointError),
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: nothing can be written there

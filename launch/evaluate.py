@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from launch import command
-from point_jax import limits
+from point_jax import limits, storage
 from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate, find, floors, parse, untrained
 from point_jax.evaluation.features import Extractor
@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
     command.keep_compiled()
     mesh.start_processes(job)
     try:
-        return _evaluate(config, Path(workdir), names[0])
+        return _evaluate(config, storage.local(workdir, "--workdir"), names[0])
     except (ValueError, TypeError) as error:
         if isinstance(error, command.FOR_THE_USER):
             raise

@@ -21,6 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from launch import command
+from point_jax import storage
 from point_jax.data.pipeline import held_out, make_batches
 from point_jax.data.scenes import Scene
 from point_jax.data.sources import build_sources, with_features
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     drawn = [*CURVES, "image_loss"] if "images" in config else CURVES
     return loop.train(
         config,
-        Path(workdir),
+        storage.place(workdir),
         objective=objective,
         make_step=make_step,
         make_schedule=schedules.sonata_schedule,

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch import command
+from point_jax import storage
 from point_jax.data.patience import Patient
 from point_jax.data.scenes import SceneError
 from point_jax.objectives.teacher import move_teacher
@@ -127,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     argv, job = command.split_job(argv)
     config, workdir = parse_command_line(argv)
     start_processes(job)
-    return run(config, Path(workdir))
+    return run(config, storage.place(workdir))
 
 
 def run(

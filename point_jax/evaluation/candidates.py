@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from point_jax import storage
 from point_jax.evaluation.features import EncoderFeatures, Extractor, RawFeatures
 from point_jax.evaluation.lifting import JoinedFeatures, LiftedFeatures, load_lifted
 from point_jax.features.encoder import Encoder
@@ -134,8 +135,8 @@ def _find_points(name: str, config: Any) -> Candidate:
     if name == RANDOM:
         return Candidate(name, network_spec(config.network), grid_size or GRID_SIZE)
     # A run that goes on has other weights tomorrow: from here on it is one of its checkpoints.
-    run = find_run(Path(name))
-    path = Path(name) if run is None else run[0] / FOLDER / str(run[1])
+    run = find_run(storage.place(name))
+    path = storage.place(name) if run is None else run[0] / FOLDER / str(run[1])
     given = network_spec(config.network)
     encoder = load(path, tree=config.tree, grid_size=grid_size or None, dtype=given.dtype)
     if encoder.inputs != INPUTS:

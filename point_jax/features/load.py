@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from point_jax import storage
 from point_jax.features.encoder import Encoder
 from point_jax.features.head import SegmentationHead
 from point_jax.features.voxels import INPUTS, Input
@@ -90,7 +91,7 @@ def read_checkpoint(path: str | Path) -> Weights:
     Raises:
       CheckpointError: nothing there, or damaged.
     """
-    path = Path(path)
+    path = storage.place(path)
     if (path / SEGMENTOR / MANIFEST).is_file():
         return load_weights(path / SEGMENTOR)
     if find_run(path):

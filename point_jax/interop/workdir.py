@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
+from point_jax import storage
 from point_jax.interop.convert import backbone_template
 from point_jax.interop.files import read_json
 from point_jax.interop.pointcept import to_state_dict
@@ -61,7 +62,7 @@ def read_workdir(workdir: Path | str) -> Weights:
     Raises:
       CheckpointError: there is no checkpoint, it is damaged, or its network is not the config's.
     """
-    found = find_run(Path(workdir))
+    found = find_run(storage.place(workdir))
     if found is None:
         raise CheckpointError(f"{workdir} is no run's folder: no {CONFIG} and {FOLDER} in it")
     workdir, step = found
@@ -80,7 +81,7 @@ def read_workdir(workdir: Path | str) -> Weights:
     folder = workdir / FOLDER / str(step)
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        saved = handler.metadata(epath.Path((folder / "state").absolute())).tree
+        saved = handler.metadata(epath.Path(storage.absolute(folder / "state"))).tree
         here = SingleDeviceSharding(jax.local_devices()[0])
         template = {
             tree: jax.tree.map(

@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from point_jax import storage
+
 Tree = Any  # nested dicts of arrays
 FOLDER = "checkpoints"
 
@@ -32,8 +34,9 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, keep: int) -> None:
+        self._folder = storage.absolute(workdir / FOLDER)
         self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 cleanup_tmp_directories=True,
@@ -82,7 +85,7 @@ class Checkpoints:
         """
         broken = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = Path(self._manager.directory) / str(step)
+            folder = self._folder / str(step)
             try:
                 state, meta = _read(folder, template)
             except CheckpointError:
@@ -99,7 +102,7 @@ class Checkpoints:
             return state, meta
         if broken:
             raise CheckpointError(
-                f"none of the checkpoints under {self._manager.directory} can be read; to start "
+                f"none of the checkpoints under {self._folder} can be read; to start "
                 "from the beginning, delete that folder or use another --workdir"
             )
         return None
@@ -129,12 +132,11 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a full disk makes the libraries raise
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            folder = Path(self._manager.directory)
-            steps = _steps(folder)
+            steps = _steps(self._folder)
             kept = f"the newest one is that of step {steps[-1].name}" if steps else "there is none"
             raise CheckpointError(
-                f"a checkpoint could not be written under {folder} ({why}); {kept}, and once the "
-                "cause is removed the same command goes on from there"
+                f"a checkpoint could not be written under {self._folder} ({why}); {kept}, and once "
+                "the cause is removed the same command goes on from there"
             ) from error
 
 
@@ -186,11 +188,11 @@ def _steps(folder: Path) -> list[Path]:
 def _newest(source: Path) -> Path:
     """The folder of the newest checkpoint at `source`, see `load_weights`."""
     if (source / "state").is_dir():
-        return source.absolute()
+        return storage.absolute(source)
     steps = _steps(source / FOLDER if (source / FOLDER).is_dir() else source)
     if not steps:
         raise CheckpointError(f"no checkpoint in {source}: expected a workdir or {FOLDER}/<step>")
-    return steps[-1].absolute()
+    return storage.absolute(steps[-1])
 
 
 def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:

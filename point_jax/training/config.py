@@ -17,6 +17,7 @@ from point_jax import limits
 
 Config = Any  # a ConfigDict; type checkers cannot know what its attributes hold
 
+CONFIG = "config.json"  # in a run's folder
 PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "grain")
 
 # Keys that may change when a run is resumed: they change what is written, where, how fast, and
@@ -308,7 +309,7 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
     Raises:
         ConfigError: keys that decide what the run computes differ; all are named.
     """
-    file, new = workdir / "config.json", resolved(config)
+    file, new = workdir / CONFIG, resolved(config)
     if not file.exists():
         return []
     try:
@@ -338,7 +339,7 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
 def settle_config(config: ConfigDict, workdir: Path) -> None:
     """Writes `config.json`, the config that a run is bound to from its first checkpoint on."""
     content = json.dumps(resolved(config), indent=2, sort_keys=True) + "\n"
-    write_atomically(workdir / "config.json", content)
+    write_atomically(workdir / CONFIG, content)
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -10,16 +10,20 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from point_jax import storage
+from point_jax.storage import Mirror
 from point_jax.training import checkpoint, mesh, metrics, sharding
 from point_jax.training.config import (
+    CONFIG,
     Config,
     ConfigError,
     check_config,
@@ -64,7 +68,8 @@ def train(
     Args:
         config: the whole config; read here are `seed`, `init_from`, `train`, `checkpoint`, `mesh`,
             `data`.
-        workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `pictures/`.
+        workdir: gets `config.json`, `metrics.jsonl`, `checkpoints/`, `tensorboard/`, `pictures/`;
+            on this machine, or in an object store, see `storage`.
         objective: has `init(key) -> (student, teacher)` and `scenes_per_row`; the rest is between
             it and `make_step`.
         make_step: `(objective, config, mesh) -> step`, and `step(state, batch, schedule, key) ->
@@ -104,14 +109,17 @@ def train(
         mesh.check_batch(scenes, devices, objective.scenes_per_row)
         first = jax.process_index() == 0
         say = functools.partial(print, flush=True) if first else _ignore
-        if first:
-            resources.enter_context(only_run_in(workdir))
-        done, saved_before = metrics.finished(workdir), checkpoint.any_saved(workdir)
-        if first:
-            for remark in compare_config(config, workdir, binding=bool(done) or saved_before):
+        files = Mirror(workdir, (CONFIG, metrics.FILE)) if first else None
+        saved_before, done = checkpoint.any_saved(workdir), None
+        if files is not None:
+            resources.callback(files.close)
+            resources.enter_context(only_run_in(files.folder))
+            done = metrics.finished(files.folder)
+            for remark in compare_config(config, files.folder, binding=bool(done) or saved_before):
                 say(remark)
-        if done:
-            _report(say, workdir, done)
+            if done:
+                _report(say, workdir, *_result(files.folder))
+        if _everybody_knows(done is not None):
             return FINISHED
 
         # ---- What the run needs from elsewhere: other weights, a state, scenes.
@@ -133,7 +141,7 @@ def train(
         initial = frozen = {}
         parts = {name: template[name] for name in ("student", "teacher")}
         if config.init_from and not saved_before:
-            initial = load_initial(Path(config.init_from), parts)
+            initial = load_initial(storage.place(config.init_from), parts)
         if load_frozen is not None and not saved_before:
             frozen = load_frozen(parts)
         checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint.keep)
@@ -167,10 +175,10 @@ def train(
         one_at_a_time = devices.size > 1 and devices.devices.flat[0].platform == "cpu"
 
         # ---- What comes out on the way.
-        if first:
-            settle_config(config, workdir)
-        writer = metrics.MetricsWriter(workdir, start) if first else None
-        if writer is not None:
+        writer = None
+        if files is not None:
+            settle_config(config, files.folder)
+            writer = metrics.MetricsWriter(files.folder, start)
             resources.callback(writer.close)
         show = resources.enter_context(progress(start, steps, visible=first))
         clock = _Clock()
@@ -197,6 +205,8 @@ def train(
             nonlocal saved, pending
             if pending is not None:
                 log(*pending)
+            if files is not None:
+                files.push()
             if saved < number:
                 checkpoints.save(number, state, {"scenes": number * scenes, **resolved(config)})
             saved, pending = number, None
@@ -246,21 +256,23 @@ def train(
 
         # ---- The result.
         parts = whole({name: state[name] for name in ("student", "teacher")})
-        if write_pictures is not None:
+        if write_pictures is not None and files is not None:
             try:
-                (workdir / PICTURES).mkdir(exist_ok=True)
+                pictures = files.folder / PICTURES
+                pictures.mkdir(exist_ok=True)
                 fresh = jax.jit(lambda key: init_state(objective, key)["teacher"])
                 untrained = fresh(jax.random.key(config.seed))
-                write_pictures(untrained, parts["teacher"], workdir / PICTURES)
+                write_pictures(untrained, parts["teacher"], pictures)
             except Exception as error:  # the training is complete, whatever fails here
                 fault = f"{type(error).__name__}: {error}"
                 print("error: no pictures:", " ".join(fault.split()), file=sys.stderr)
         if writer is not None:
             digest = metrics.params_digest(parts)
             writer.event("done", steps, params_digest=digest)
-    # Every file is closed, the bar is gone.
-    if first:
-        _report(say, workdir, metrics.read_metrics(workdir)[-1])
+        result = _result(files.folder) if files is not None else None
+    # Every file is closed and in its place, the bar is gone.
+    if result is not None:
+        _report(say, workdir, *result)
     return FINISHED
 
 
@@ -284,17 +296,36 @@ def _hopeless(bad: float, number: int, got: Mapping[str, float], workdir: Path) 
     return f"{bad:.0f} steps in a row up to step {number} {why} and were skipped; {advice}"
 
 
-def _report(say: Callable[[str], object], workdir: Path, done: Mapping[str, Any]) -> None:
+def _everybody_knows(fact: bool) -> bool:
+    """What the first process has found; the folder of its files may be on its machine alone."""
+    if jax.process_count() == 1:
+        return fact
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(fact)))
+
+
+def _result(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The metrics of a finished run, and the names of its pictures."""
+    pictures = sorted(picture.name for picture in (folder / PICTURES).glob("*.png"))
+    return metrics.read_metrics(folder), pictures
+
+
+def _report(
+    say: Callable[[str], object],
+    workdir: Path,
+    lines: Sequence[Mapping[str, Any]],
+    pictures: Sequence[str],
+) -> None:
     """Says what a finished run has made and where."""
-    losses = [line["loss"] for line in metrics.read_metrics(workdir) if "loss" in line]
+    done = lines[-1]
+    losses = [line["loss"] for line in lines if "loss" in line]
     change = f", loss {_number(losses[0])} -> {_number(losses[-1])}" if losses else ""
     say(f"finished: {done['step']} steps{change}")
     say(f"  parameters  sha256 {done['params_digest']}")
     saved = workdir / checkpoint.FOLDER / str(done["step"])
     say(f"  checkpoint  {saved}{'' if saved.exists() else ' is missing: deleted since then'}")
     say(f"  metrics     {workdir / metrics.FILE}, tensorboard --logdir {workdir / TENSORBOARD}")
-    for picture in sorted((workdir / PICTURES).glob("*.png")):
-        say(f"  picture     {picture}")
+    for name in pictures:
+        say(f"  picture     {workdir / PICTURES / name}")
 
 
 def _number(loss: float | None) -> str:

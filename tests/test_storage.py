@@ -1,0 +1,90 @@
+"""Runs whose folder is in an object store, a stand-in for Google's in this process."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import toy_run
+
+from launch import command
+from point_jax.storage import Mirror, StorageError, local, place
+from point_jax.training import checkpoint
+from point_jax.training.metrics import finished, read_metrics
+
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="no stand-in for a store")
+
+RUN = "gs://bucket/runs/toy"
+
+
+@pytest.fixture(scope="module")
+def store():
+    """An empty store; its clients find it by the environment, at their first use."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    before = dict(os.environ)
+    os.environ.update(
+        STORAGE_EMULATOR_HOST=f"http://localhost:{port}",
+        TENSORSTORE_GCS_HTTP_URL=f"http://localhost:{port}",
+        GOOGLE_AUTH_TOKEN_FOR_TESTING="any",
+        GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # asks by gRPC, which the stand-in has not
+    )
+    pytest.importorskip("gcsfs", reason="the object store's client is not installed")
+    from fsspec.config import conf
+
+    conf.update({name: {"token": "anon"} for name in ("gs", "gcs")})
+    server = emulator.create_server("localhost", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    yield
+    server.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def toy(workdir, *arguments):
+    told = ["toy", f"--config={toy_run.__file__}", f"--workdir={workdir}", *arguments]
+    return command.run(toy_run.main, told, None)
+
+
+def test_a_run_in_an_object_store_goes_on_to_the_same_bits(store, tmp_path, capsys):
+    assert toy(RUN, "--config.data.fails=(0,6)") == 1
+    assert "scene_7: coord.npy is cut off" in capsys.readouterr().err
+    assert [path.name for path in place(RUN).glob("checkpoints/*")] == ["4", "6"]
+    # The same data and config, but for the scene, which has been mended.
+    (place(RUN) / "config.json").unlink()
+    assert toy(RUN) == 0
+    said = capsys.readouterr().out
+    assert "going on after step 6 of 12" in said and f"checkpoint  {RUN}/checkpoints/12" in said
+    assert toy(RUN) == 0 and "finished: 12 steps" in capsys.readouterr().out
+
+    there = Mirror(place(RUN), ("metrics.jsonl",)).folder
+    assert [line["step"] for line in read_metrics(there)] == [*range(1, 13), 12]
+    assert toy(tmp_path) == 0
+    assert finished(there) == finished(tmp_path)
+    assert not Path("gs:").exists()
+    names = {path.name for path in place(RUN).iterdir()}
+    assert names == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+
+
+def test_weights_are_read_from_there(store, tmp_path):
+    remote, here = "gs://bucket/runs/weights", tmp_path / "weights"
+    assert toy(remote) == toy(here) == 0
+    for number, source in enumerate((place(remote), here)):
+        assert toy(tmp_path / f"next{number}", f"--config.init_from={source}") == 0
+    assert finished(tmp_path / "next0") == finished(tmp_path / "next1")
+    assert checkpoint.saved_names(place(remote)) == checkpoint.saved_names(here)
+
+
+def test_a_store_that_is_not_there_is_told_in_a_line(store, capsys):
+    assert toy("gs://no-such-bucket/run") == 1
+    error = capsys.readouterr().err
+    assert "gs://no-such-bucket" in error and len(error.splitlines()) == 1
+
+
+def test_what_no_store_can_be():
+    with pytest.raises(StorageError, match=r"s3://b/run: of object stores only gs://.* mount"):
+        place("s3://b/run")
+    with pytest.raises(StorageError, match=r"--workdir=gs://b/run: expected a folder on this"):
+        local("gs://b/run", "--workdir")
+    assert place("runs/a") == local("runs/a", "--workdir") == Path("runs/a")
