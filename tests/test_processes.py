@@ -1,6 +1,7 @@
 """Processes of a job: found or told, one of them writes, each says what ends it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -182,9 +183,7 @@ def unbroken(tmp_path_factory):
 def test_a_process_that_is_killed_ends_the_job(tmp_path, unbroken, who):
     """Within a minute, with a code that schedulers start again; and nothing is lost then."""
     children = begin(tmp_path, *LONG)
-    deadline = time.monotonic() + 120
-    while not checkpoint.any_saved(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for_a_save(tmp_path)
     children[who].kill()
     killed = time.monotonic()
     codes = ends(children)
@@ -201,6 +200,33 @@ def test_a_process_that_is_killed_ends_the_job(tmp_path, unbroken, who):
 
     assert [code for code, *_ in together(tmp_path, *LONG)] == [0, 0]
     assert digest(tmp_path) == digest(unbroken)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, unbroken):
+    """And one process on as many devices goes on, with the same bits, each step once."""
+    children = begin(tmp_path, *LONG)
+    wait_for_a_save(tmp_path)
+    children[1].terminate()
+    first, second = ends(children)
+    assert (first[0], second[0]) == (143, 143), (first, second)
+    stopped = re.search(r"stopped by SIGTERM after step (\d+) of 100, saved", first[1])
+    assert stopped and (tmp_path / "checkpoints" / stopped[1]).is_dir()
+
+    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16"}
+    arguments = f"--config={toy_run.__file__}", f"--workdir={tmp_path}", *LONG
+    alone = subprocess.run(
+        [sys.executable, toy_run.__file__, *arguments],
+        env=env, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert f"going on after step {stopped[1]} of 100" in alone.stdout, alone
+    assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 101), 100]
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def wait_for_a_save(workdir):
+    deadline = time.monotonic() + 120
+    while not checkpoint.any_saved(workdir) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def digest(workdir):
