@@ -1,10 +1,10 @@
 """How every command ends: an exit code, and for errors one line on stderr."""
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,9 +64,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         if getattr(error, "errno", None) in FULL:
             message = str(error)
         else:  # a fault of the program: the way to it helps whoever mends it
-            traceback.print_exc()
+            with contextlib.suppress(OSError, ValueError):  # a log on a full disk
+                traceback.print_exc()
     message = " ".join(message.split())
-    print(f"error{peers.which_process()}:", message, file=sys.stderr, flush=True)
+    peers.say(message)
     peers.leave(failure, message, FAILED)
     if isinstance(failure, HangingInput):
         peers.end(FAILED)  # the usual end would wait for the thread that hangs

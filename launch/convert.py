@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from launch import command
+from point_jax import storage
 from point_jax.interop.atomic import must_be_free
 from point_jax.interop.convert import TREES, encoder_of, to_pointcept, to_release, to_weights
 from point_jax.interop.files import (
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       ConfigError: a flag that does not exist, or a missing one.
     """
     parser = command.Parser("launch.convert", add_help=False, allow_abbrev=False)
-    parser.add_argument("--input", required=True, type=Path)
+    parser.add_argument("--input", required=True, type=storage.place)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--to", choices=FORMATS)
     parser.add_argument("--network")

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from launch import command
+from point_jax import storage
 from point_jax.features.exported import (
     PLATFORMS,
     bucket_capacities,
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
       ConfigError: a flag that does not exist, a missing one, or a value that cannot be.
     """
     parser = command.Parser("launch.export", add_help=False, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=storage.place)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--buckets", default="16384,65536")
     parser.add_argument("--shares", default="")

@@ -9,6 +9,7 @@ import numpy as np
 
 import point_jax
 from launch import command
+from point_jax import storage
 from point_jax.data.arrays import ReadOptions
 from point_jax.data.checks import UNITS
 from point_jax.data.readers import Scan, find_clouds, read_cloud
@@ -136,7 +137,7 @@ def parse(argv: Sequence[str], commands: Sequence[str]) -> Options:
     parser.add_argument("command", choices=commands)
     parser.add_argument("--input", action="append", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=storage.place)
     parser.add_argument("--up_cast", type=int, default=UP_CAST)
     parser.add_argument("--units", choices=tuple(UNITS), default="")
     parser.add_argument("--up", choices=tuple(UP), default="")

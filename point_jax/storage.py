@@ -5,6 +5,7 @@ cannot lie in an object store: a run has them in a local folder and sends them u
 """
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ def place(path: str | Path) -> Path:
         StorageError: an object store that checkpoints cannot be in.
     """
     text = str(path)
+    if text.startswith("gs:/") and not text.startswith(STORE):
+        raise StorageError(f"{text}: expected {STORE}bucket/folder, with two strokes")
     if "://" not in text:
         return Path(path)
     if not text.startswith(STORE):
@@ -88,7 +91,29 @@ class Mirror:
                 if (workdir / name).exists():
                     (self.folder / name).write_bytes((workdir / name).read_bytes())
         except Exception as error:  # what gcsfs raises has no common kind
+            shutil.rmtree(self.folder)
             raise _unusable(workdir, error) from error
+
+    def __enter__(self) -> "Mirror":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Sends up what is left, and removes the temporary folder.
+
+        Raises:
+            StorageError: the store cannot be reached, and nothing else has failed: then that is
+                told, and the files stay here.
+        """
+        try:
+            self.push()
+        except StorageError as failure:
+            kept = f"{failure}; what could not be sent up is kept in {self.folder}"
+            if error is None:
+                raise StorageError(kept) from failure
+            print(f"warning: {kept}", file=sys.stderr, flush=True)
+            return
+        if self.folder != self._workdir:
+            shutil.rmtree(self.folder)
 
     def push(self) -> None:
         """Sends up what is new or has changed since the last time; locks stay here.
@@ -110,12 +135,6 @@ class Mirror:
                 self._sent[file] = state
         except Exception as error:
             raise _unusable(self._workdir, error) from error
-
-    def close(self) -> None:
-        """Sends up what is left, and removes the temporary folder."""
-        self.push()
-        if self.folder != self._workdir:
-            shutil.rmtree(self.folder)
 
 
 def _unusable(workdir: Path, error: Any) -> StorageError:

@@ -128,6 +128,13 @@ def test_products_count_as_often_as_their_loops_run(costs):
     assert costs.unknown == []
 
 
+def test_a_search_between_two_bounds_is_no_counter():
+    """What its scope says is what it runs, though its bounds start at constants."""
+    text = TEXT.replace("while(%loop)", "while(%start)").replace("constant(7)", "constant(2000000)")
+    flops = cost.count(hlo.parse(text)).flops["single"]
+    assert flops == (2_000_000 + 5) * 2.0 * 100 * 48 * 48
+
+
 def test_bytes_are_whole_tiles_in_memory_and_of_a_slice_its_part(costs):
     sizes = {kernel.name: kernel.size for kernel in costs.kernels}
     tiles = 104 * 128 * 4  # 100 x 48 numbers in tiles of 8 x 128

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import pytest
@@ -104,16 +105,17 @@ def test_the_command_line_tells():
         split_job(["train", "--processes=two"])
 
 
-def begin(workdir, *arguments):
-    """Two processes of the toy, one device each."""
+def begin(workdir, *arguments, program=toy_run.__file__):
+    """Two processes of the toy, or of another program, one device each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         job = f"--coordinator=localhost:{free.getsockname()[1]}", "--processes=2"
-    command = [sys.executable, toy_run.__file__, f"--config={toy_run.__file__}"]
+    command = [sys.executable, program, f"--config={toy_run.__file__}"]
+    env = os.environ | {"PYTHONPATH": str(Path(toy_run.__file__).parents[1])}
     return [
         subprocess.Popen(
             [*command, f"--workdir={workdir}", *job, f"--process={i}", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
         )
         for i in range(2)
     ]  # fmt: skip
@@ -170,6 +172,32 @@ def test_a_process_that_fails_takes_the_others_with_it(tmp_path, arguments, who,
 
 
 LONG = "--config.train.steps=100", "--config.data.seconds=0.05"
+
+
+def test_a_process_that_fails_after_the_others_have_finished_is_heard(tmp_path):
+    """Those wait for it, and say why it failed; one that takes long does not end them."""
+    code = """
+import sys, time
+from launch import command
+from point_jax.training import mesh, peers
+peers.SILENT, peers.PERIOD = 1.0, 0.5
+def main(argv):
+    argv, job = command.split_job(argv)
+    mesh.start_processes(job)
+    if job.process == 0:
+        time.sleep(4)
+        raise command.ConfigError("no space for the last line")
+    return 0
+sys.exit(command.run(main, sys.argv, None))
+"""
+    for fails in (True, False):
+        script = tmp_path / f"{fails}.py"
+        script.write_text(code if fails else code.replace("raise", "return 0;"))
+        first, second = ends(begin(tmp_path, program=script))
+        assert (first[0], second[0]) == ((1, 1) if fails else (0, 0)), (first, second)
+        assert "given no sign" not in first[2]
+        assert ("process 0 on" in second[2]) == fails
+        assert "Traceback" not in first[2] + second[2]
 
 
 @pytest.fixture(scope="module")

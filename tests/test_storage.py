@@ -4,12 +4,16 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toy_run
 
 from launch import command
+from point_jax.features.load import load, read_checkpoint
+from point_jax.interop.store import Weights, save_weights
 from point_jax.storage import Mirror, StorageError, local, place
 from point_jax.training import checkpoint
+from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.metrics import finished, read_metrics
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="no stand-in for a store")
@@ -58,13 +62,29 @@ def test_a_run_in_an_object_store_goes_on_to_the_same_bits(store, tmp_path, caps
     assert "going on after step 6 of 12" in said and f"checkpoint  {RUN}/checkpoints/12" in said
     assert toy(RUN) == 0 and "finished: 12 steps" in capsys.readouterr().out
 
-    there = Mirror(place(RUN), ("metrics.jsonl",)).folder
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "metrics.jsonl").write_bytes((place(RUN) / "metrics.jsonl").read_bytes())
     assert [line["step"] for line in read_metrics(there)] == [*range(1, 13), 12]
-    assert toy(tmp_path) == 0
-    assert finished(there) == finished(tmp_path)
+    assert toy(tmp_path / "here") == 0
+    assert finished(there) == finished(tmp_path / "here")
     assert not Path("gs:").exists()
     names = {path.name for path in place(RUN).iterdir()}
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+
+
+def test_converted_weights_are_read_from_there(store, tmp_path):
+    weights = Weights("linear_head", "", {}, {"seg_head": {"bias": np.arange(2.0)}})
+    save_weights(tmp_path, weights)
+    remote = "gs://bucket/weights"
+    for file in (file for file in tmp_path.rglob("*") if file.is_file()):
+        target = place(remote) / str(file.relative_to(tmp_path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    found = read_checkpoint(remote).params["seg_head"]["bias"]
+    np.testing.assert_array_equal(found, np.arange(2.0))
+    with pytest.raises(CheckpointError, match="holds one linear_head"):
+        load(remote)
 
 
 def test_weights_are_read_from_there(store, tmp_path):
@@ -76,10 +96,29 @@ def test_weights_are_read_from_there(store, tmp_path):
     assert checkpoint.saved_names(place(remote)) == checkpoint.saved_names(here)
 
 
-def test_a_store_that_is_not_there_is_told_in_a_line(store, capsys):
+def test_a_mirror_tells_the_first_error_and_keeps_what_it_could_not_send(store, capsys):
+    files = Mirror(place("gs://no-such-bucket/a"), ())
+    (files.folder / "metrics.jsonl").write_text("{}")
+    with pytest.raises(KeyError, match="first"):
+        fail_in(files)
+    assert f"kept in {files.folder}" in capsys.readouterr().err
+    assert (files.folder / "metrics.jsonl").exists()
+    with Mirror(place("gs://bucket/b"), ()) as files:
+        (files.folder / "metrics.jsonl").write_text("{}")
+    assert not files.folder.exists()
+    assert (place("gs://bucket/b") / "metrics.jsonl").read_text() == "{}"
+
+
+def fail_in(context):
+    with context:
+        raise KeyError("first")
+
+
+def test_a_store_that_is_not_there_is_told_without_a_trace(store, capsys):
     assert toy("gs://no-such-bucket/run") == 1
     error = capsys.readouterr().err
-    assert "gs://no-such-bucket" in error and len(error.splitlines()) == 1
+    assert "\nerror: " in f"\n{error}" and "gs://no-such-bucket" in error
+    assert "Traceback" not in error
 
 
 def test_what_no_store_can_be():
@@ -87,4 +126,6 @@ def test_what_no_store_can_be():
         place("s3://b/run")
     with pytest.raises(StorageError, match=r"--workdir=gs://b/run: expected a folder on this"):
         local("gs://b/run", "--workdir")
+    with pytest.raises(StorageError, match="with two strokes"):
+        place(Path("gs://b/run"))
     assert place("runs/a") == local("runs/a", "--workdir") == Path("runs/a")

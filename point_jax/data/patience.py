@@ -63,7 +63,7 @@ class Patient:
         self._batches, self._limit, self._reading = batches, limit, reading
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self._hangs = False
+        self._waiting = False
         threading.Thread(target=self._take, name="batches", daemon=True).start()
 
     def __iter__(self) -> "Patient":
@@ -76,6 +76,7 @@ class Patient:
             HangingInput: there is none within the limit.
         """
         self._asked.put(True)
+        self._waiting = True
         since = time.monotonic()
         while True:
             left = since + self._limit - time.monotonic()
@@ -84,21 +85,21 @@ class Patient:
             except queue.Empty:
                 waited = time.monotonic() - since
                 if waited >= self._limit:
-                    self._hangs = True
                     raise HangingInput(
                         f"no batch for {waited:.0f} s ({self._reading()}): the disk or the network "
                         "hangs, or is slower than config.data.patience allows"
                     ) from None
                 log.warning("waiting for a batch for %.0f s; %s", waited, self._reading())
                 continue
+            self._waiting = False
             if error is not None:
                 raise error
             return batch
 
     def close(self) -> None:
-        """Ends the thread, and the other iterator, unless that hangs."""
+        """Ends the thread, and the other iterator, unless a batch of it is still waited for."""
         self._asked.put(False)
-        if not self._hangs:
+        if not self._waiting:
             self._batches.close()
 
     def _take(self) -> None:

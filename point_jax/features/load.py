@@ -47,7 +47,7 @@ def load(
       CheckpointError: nothing there, damaged, or no encoder.
       ValueError: an option that does not fit the network.
     """
-    path = Path(path)
+    path = storage.place(path)
     if tree not in ("teacher", "student"):
         raise ValueError(f"tree is {tree!r}; expected teacher or student")
     weights = weights or read_checkpoint(path)

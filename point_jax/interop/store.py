@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from point_jax import storage
 from point_jax.interop.atomic import new_folder
 from point_jax.interop.files import json_values, read_json
 from point_jax.training.checkpoint import CheckpointError
@@ -136,7 +137,7 @@ def load_weights(folder: Path | str) -> Weights:
     Raises:
       CheckpointError: it is no such folder, was written by a newer program, or is damaged.
     """
-    folder = Path(folder)
+    folder = storage.place(folder)
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder} holds no converted weights: no {MANIFEST} in it")
     manifest = read_json(folder / MANIFEST)
@@ -178,11 +179,11 @@ def _read(folder: Path) -> dict[str, Any]:
     level = log.level
     log.setLevel(logging.ERROR)  # Orbax warns of arrays restored without shardings: meant so
     try:
-        tree = handler.metadata(epath.Path(folder.absolute())).tree
+        tree = handler.metadata(epath.Path(storage.absolute(folder))).tree
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         with ocp.Checkpointer(handler) as reader:
             return reader.restore(
-                folder.absolute(), args=ocp.args.PyTreeRestore(item=tree, restore_args=numpy)
+                storage.absolute(folder), args=ocp.args.PyTreeRestore(item=tree, restore_args=numpy)
             )
     finally:
         log.setLevel(level)

@@ -28,6 +28,7 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_PLANNED_ITSELF = re.compile(r"\bplanned_\d+\)*/while$")
 _PLANNED = re.compile(r"\bplanned_(\d+)\)*/while\b")  # also within jvp(...) and the like
 _WORD = re.compile(r"[\w.\-]+")
 
@@ -189,17 +190,20 @@ class Module:
     def trips(self, loop: Instruction, around: Computation) -> int | None:
         """How often a `while` runs; None where the text cannot tell.
 
-        XLA writes it down on CPUs and GPUs. On TPUs it follows from the start and the bound of the
-        counter. A loop that ends where its data say has in its scope how often it runs for a full
-        row (`ops.loops.planned`).
+        XLA writes it down on CPUs and GPUs. A loop that ends where its data say has in its scope
+        how often it runs for a full row (`geometry.loops.planned`). On TPUs it follows from the
+        start and the bound of the counter; what is in such a scope may have another loop's: a
+        search between two bounds looks like a counter that runs from one to the other.
         """
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
+        planned = _PLANNED.findall(loop.op_name)
+        if planned and _PLANNED_ITSELF.search(loop.op_name):
+            return int(planned[-1])
         counted = self._counted(loop, around)
         if counted is not None:
             return counted
-        planned = _PLANNED.search(loop.op_name)
-        return int(planned[1]) if planned else None
+        return int(planned[-1]) if planned else None
 
     def _counted(self, loop: Instruction, around: Computation) -> int | None:
         """Trips of a loop whose counter starts and ends at constants."""

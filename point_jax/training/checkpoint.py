@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -85,14 +86,24 @@ class Checkpoints:
         """
         broken = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self._folder / str(step)
+            folder, why, found = self._folder / str(step), "", None
             try:
-                state, meta = _read(folder, template)
+                found = _read(folder, template)
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries raise
                 text = (str(error).splitlines() or [""])[0][:200]
-                say(f"cannot read checkpoint {folder} ({type(error).__name__}: {text})")
+                why = f"cannot read checkpoint {folder} ({type(error).__name__}: {text})"
+            if unable := _unable(bool(why)):
+                if len(unable) < jax.process_count():
+                    raise CheckpointError(why or f"cannot read {folder} on processes {unable}")
+                say(why)
+                broken.append(folder)
+                continue
+            assert found is not None
+            state, meta = found
+            if wrong := _wrong_sums(state, meta):
+                say(f"cannot read checkpoint {folder} ({wrong})")
                 broken.append(folder)
                 continue
             for bad in broken:
@@ -132,8 +143,11 @@ class Checkpoints:
             yield
         except Exception as error:  # whatever a full disk makes the libraries raise
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            steps = _steps(self._folder)
-            kept = f"the newest one is that of step {steps[-1].name}" if steps else "there is none"
+            try:
+                steps = _steps(self._folder)
+            except Exception:  # it is the store itself that cannot be reached
+                steps = []
+            kept = f"the newest one is that of step {steps[-1].name}" if steps else "none is seen"
             raise CheckpointError(
                 f"a checkpoint could not be written under {self._folder} ({why}); {kept}, and once "
                 "the cause is removed the same command goes on from there"
@@ -153,11 +167,14 @@ def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
     """
     folder = _newest(source)
     try:
-        return _read(folder, dict(template))[0]
+        state, meta = _read(folder, dict(template))
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
+    if wrong := _wrong_sums(state, meta):
+        raise CheckpointError(f"cannot read checkpoint {folder}: {wrong}")
+    return state
 
 
 def saved_names(source: Path) -> dict[str, list[str]]:
@@ -211,10 +228,23 @@ def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], 
         )
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         meta = reader.restore(folder / "meta", args=ocp.args.JsonRestore())
-    for part, value in checksums(state).items():
-        if int(value) != meta["checksums"][part]:
-            raise ValueError(f"the bytes of '{part}' are not those that were saved")
+    for part in state:
+        int(meta["checksums"][part])
     return state, meta
+
+
+def _wrong_sums(state: Mapping[str, Tree], meta: Mapping[str, Any]) -> str:
+    """What is wrong with the bytes of a state; "" if nothing. All processes take part, or none."""
+    sums, saved = checksums(state), meta["checksums"]
+    wrong = [repr(part) for part, value in sums.items() if int(value) != saved[part]]
+    return f"the bytes of {', '.join(wrong)} are not those that were saved" if wrong else ""
+
+
+def _unable(failed: bool) -> list[int]:
+    """Which processes have failed, known to all; what one alone can read is of no use to it."""
+    if jax.process_count() == 1:
+        return [0] if failed else []
+    return np.flatnonzero(multihost_utils.process_allgather(np.bool_(failed))).tolist()
 
 
 def compare_trees(folder: Path, saved: Tree, template: Tree) -> None:

@@ -109,16 +109,17 @@ def train(
         mesh.check_batch(scenes, devices, objective.scenes_per_row)
         first = jax.process_index() == 0
         say = functools.partial(print, flush=True) if first else _ignore
-        files = Mirror(workdir, (CONFIG, metrics.FILE)) if first else None
+        files = None
+        if first:
+            files = resources.enter_context(Mirror(workdir, (CONFIG, metrics.FILE)))
         saved_before, done = checkpoint.any_saved(workdir), None
         if files is not None:
-            resources.callback(files.close)
             resources.enter_context(only_run_in(files.folder))
             done = metrics.finished(files.folder)
             for remark in compare_config(config, files.folder, binding=bool(done) or saved_before):
                 say(remark)
             if done:
-                _report(say, workdir, *_result(files.folder))
+                _report(say, workdir, *_result(files.folder, workdir))
         if _everybody_knows(done is not None):
             return FINISHED
 
@@ -269,7 +270,7 @@ def train(
         if writer is not None:
             digest = metrics.params_digest(parts)
             writer.event("done", steps, params_digest=digest)
-        result = _result(files.folder) if files is not None else None
+        result = _result(files.folder, workdir) if files is not None else None
     # Every file is closed and in its place, the bar is gone.
     if result is not None:
         _report(say, workdir, *result)
@@ -303,10 +304,10 @@ def _everybody_knows(fact: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.int32(fact)))
 
 
-def _result(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The metrics of a finished run, and the names of its pictures."""
-    pictures = sorted(picture.name for picture in (folder / PICTURES).glob("*.png"))
-    return metrics.read_metrics(folder), pictures
+def _result(folder: Path, workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The metrics of a finished run and the names of its pictures, here or in their place."""
+    found = (*(folder / PICTURES).glob("*.png"), *(workdir / PICTURES).glob("*.png"))
+    return metrics.read_metrics(folder), sorted({picture.name for picture in found})
 
 
 def _report(

@@ -7,6 +7,7 @@ others read it there, say it, and leave too.
 """
 
 import atexit
+import contextlib
 import os
 import socket
 import sys
@@ -23,7 +24,8 @@ PERIOD = 2.0  # seconds from one look into the store to the next
 SILENT = 20.0  # seconds after which the first process names the one that it does not hear
 GRACE = 3.0  # seconds that a process has to end by itself once another has failed
 LONGEST = 2_000  # characters of a message
-FAILED, HEARD, ALIVE = "point_jax/failed/", "point_jax/heard/", "point_jax/alive/"
+FAILED, HEARD = "point_jax/failed/", "point_jax/heard/"
+ALIVE, DONE = "point_jax/alive/", "point_jax/done/"
 ALONE = 134  # exit code of who has lost the first process: that of JAX's abort, for schedulers
 
 _leaving = threading.Event()  # this process ends, in one way or another: nobody else need end it
@@ -32,11 +34,13 @@ _leaving = threading.Event()  # this process ends, in one way or another: nobody
 def watch() -> None:
     """Watches the other processes from a thread of this one; alone, it does nothing.
 
-    Call it right after `jax.distributed.initialize`, once.
+    Call it right after `jax.distributed.initialize`, once. At its end a process waits for all
+    others, still watching, so that JAX's own end finds all of them ready.
     """
     if jax.distributed.is_initialized():
-        atexit.register(_leaving.set)  # runs before JAX's own end, after which there is no store
-        threading.Thread(target=_watch, name="peers", daemon=True).start()
+        thread = threading.Thread(target=_watch, args=(_store(),), name="peers", daemon=True)
+        thread.start()
+        atexit.register(_finish, _store(), thread)  # runs before JAX's own end
 
 
 def which_process() -> str:
@@ -47,6 +51,13 @@ def which_process() -> str:
     return f" of process {number} of {processes} on {socket.gethostname()}"
 
 
+def say(text: str, kind: str = "error") -> None:
+    """One line on stderr that names this process; nothing where nobody can be told."""
+    with contextlib.suppress(OSError, ValueError):
+        line = f"{kind}{which_process()}: {' '.join(text.split())}"
+        print(line, file=sys.stderr, flush=True)
+
+
 def leave(error: BaseException, message: str, code: int) -> None:
     """Tells the other processes that this one has failed, and ends it; alone, it does nothing.
 
@@ -54,38 +65,57 @@ def leave(error: BaseException, message: str, code: int) -> None:
     holds the store, is the last to go.
 
     Args:
-        error: what failed. One of JAX's own may come from a sum whose other half was killed: JAX
-            then has its time to notice, and ends this process with the code that says so.
+        error: what failed. One of JAX's own, or caused by it, may come from a sum whose other half
+            was killed: JAX then has its time to notice, and ends this process with the code that
+            says so.
         message: why.
         code: the exit code.
     """
     if not jax.distributed.is_initialized():
         return
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(HEARTBEAT + PERIOD)
-    _leaving.set()
-    number, processes = _job()
-    store = _store()
     try:
-        told = f"{socket.gethostname()} {message[:LONGEST]}"
+        if _may_be_another(error):
+            time.sleep(HEARTBEAT + PERIOD)
+        _leaving.set()
+        number, processes = _job()
+        store, text = _store(), message[:LONGEST].encode("utf-8", "replace").decode()
+        told = f"{socket.gethostname()} {text}"
         store.key_value_set(f"{FAILED}{number}", told, allow_overwrite=True)
         deadline = time.monotonic() + HEARTBEAT
         while time.monotonic() < deadline:
-            gone = {one for one, _ in (*_read(HEARD), *_read(FAILED))} - {number}
+            gone = {one for one, _ in (*_read(store, HEARD), *_read(store, FAILED))} - {number}
             if len(gone) == processes - 1:
                 break
             time.sleep(0.1)
         # Nobody shall lose this process before it has left itself, least of all the first one.
         time.sleep(GRACE + PERIOD * (2 if number == 0 else 0.5))
-    except jax.errors.JaxRuntimeError:
-        pass  # the first process is gone
-    end(code)
+    finally:  # whatever happens: the first process may be gone, and with it the store
+        end(code)
 
 
-def _watch() -> None:
+def _may_be_another(error: BaseException | None) -> bool:
+    """Whether an error may come from another process that is gone."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)  # memory is this process's own
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _finish(store: Any, thread: threading.Thread) -> None:
+    """Waits for all processes to come to their end; the watch ends this one if another fails."""
+    number, processes = _job()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        store.key_value_set(f"{DONE}{number}", "", allow_overwrite=True)
+        while len(list(_read(store, DONE))) < processes and thread.is_alive():
+            time.sleep(0.2)
+    _leaving.set()
+    thread.join(HEARTBEAT)
+
+
+def _watch(store: Any) -> None:
     """Looks into the store until this process ends or must end because of another."""
     number, processes = _job()
-    store = _store()
     heard: dict[int, tuple[str, float, bool]] = {}  # process -> its last sign, when, whether named
     signs = 0
     while not _leaving.wait(PERIOD):
@@ -93,19 +123,19 @@ def _watch() -> None:
             signs += 1
             sign = f"{socket.gethostname()} {signs}"
             store.key_value_set(f"{ALIVE}{number}", sign, allow_overwrite=True)
-            failed = [one for one in _read(FAILED) if one[0] != number]
+            failed = [one for one in _read(store, FAILED) if one[0] != number]
             if failed:
                 store.key_value_set(f"{HEARD}{number}", "", allow_overwrite=True)
             elif number == 0:
-                _name_the_silent(heard, processes)
+                _name_the_silent(store, heard, processes)
         except jax.errors.JaxRuntimeError:
             if not _leaving.wait(GRACE):
-                _say("process 0 cannot be reached: it was killed, or its host is down")
+                say("process 0 cannot be reached: it was killed, or its host is down")
                 end(ALONE)
             return
         if failed:
             if not _leaving.wait(GRACE):
-                _say("; ".join(_failure(*one) for one in failed))
+                say("; ".join(_failure(*one) for one in failed))
                 if number == 0:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # how sums fail without the others
                     time.sleep(2 * PERIOD)
@@ -113,16 +143,16 @@ def _watch() -> None:
             return
 
 
-def _name_the_silent(heard: dict[int, tuple[str, float, bool]], processes: int) -> None:
+def _name_the_silent(store: Any, heard: dict[int, tuple[str, float, bool]], processes: int) -> None:
     """Says which processes have given no sign for `SILENT` seconds; keeps `heard` up to date."""
     now = time.monotonic()
-    for one, sign in _read(ALIVE):
+    for one, sign in _read(store, ALIVE):
         if heard.get(one, ("", 0.0, False))[0] != sign:
             heard[one] = sign, now, False
     for one, (sign, since, named) in heard.items():
         if now - since > SILENT and not named:
             heard[one] = sign, since, True
-            _say(
+            say(
                 f"process {one} of {processes} on {sign.split()[0]} has given no sign for "
                 f"{SILENT:.0f} s; if it was killed, or its host is down, the job ends within "
                 f"{HEARTBEAT - SILENT:.0f} s",
@@ -145,18 +175,16 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def _read(folder: str) -> Iterator[tuple[int, str]]:
+def _read(store: Any, folder: str) -> Iterator[tuple[int, str]]:
     """What processes have written under a name of the store: their numbers and texts."""
-    for key, value in _store().key_value_dir_get(folder):
+    for key, value in store.key_value_dir_get(folder):
         yield int(key.rpartition("/")[2]), value
-
-
-def _say(text: str, kind: str = "error") -> None:
-    print(f"{kind}{which_process()}: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def end(code: int) -> NoReturn:
     """Ends this process at once, whatever its threads are waiting for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -19,7 +19,7 @@ def stop_signals(say: Callable[[str], object]) -> Iterator[Callable[[], int | No
     """Notes SIGTERM and Ctrl-C instead of ending; a second one ends the process at once.
 
     In a job of several processes JAX listens for SIGTERM itself, so that all processes stop after
-    the same step; see `Checkpoints.must_stop`.
+    the same step; see `Checkpoints.must_stop`. Ctrl-C is passed on as such.
 
     Args:
         say: takes the answer to the person who pressed Ctrl-C.
@@ -28,7 +28,12 @@ def stop_signals(say: Callable[[str], object]) -> Iterator[Callable[[], int | No
         A function that gives the number of the signal that came, or None.
     """
     if jax.process_count() > 1:
-        yield lambda: None
+        before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            yield lambda: None
+        finally:
+            signal.signal(signal.SIGINT, before)
         return
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
