@@ -128,6 +128,19 @@ def test_products_count_as_often_as_their_loops_run(costs):
     assert costs.unknown == []
 
 
+def test_a_part_that_is_fetched_counts_as_the_part():
+    """Compilers for TPUs fetch an array onto the chip in pieces, while something else runs."""
+    fetch = (
+        "  %fetch = ((f32[1000,128]{1,0:T(8,128)}), f32[200,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) "
+        "slice-start(%b), slice={[0:200], [0:128]}\n"
+        "  %copy = (f32[1000,128]{1,0:T(8,128)}, f32[1000,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) "
+        "copy-start(%there)\n"
+    )
+    found = cost.count(hlo.parse(TEXT.replace("  ROOT %result", fetch + "  ROOT %result")))
+    sizes = {kernel.name: kernel.size for kernel in found.kernels}
+    assert (sizes["fetch"], sizes["copy"]) == (200 * 128 * 4, 1000 * 128 * 4)
+
+
 def test_a_search_between_two_bounds_is_no_counter():
     """What its scope says is what it runs, though its bounds start at constants."""
     text = TEXT.replace("while(%loop)", "while(%start)").replace("constant(7)", "constant(2000000)")

@@ -32,6 +32,7 @@ _FREE = frozenset(
         *("all-gather-done", "collective-permute-done"),
     }
 )
+_MOVES = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 _PARTIAL = frozenset({"dynamic-slice", "slice", "gather"})  # read a part of their first operand
 # Marks of the TPU compiler's own, without work.
 _MARKS = re.compile(r"custom_call_target=\"(ConcatBitcast|Assume\w*|AsyncCollective\w*|Sharding)\"")
@@ -239,10 +240,9 @@ class _Walk:
             return 2 * operands[1]
         if this.opcode == "scatter":
             return 2 * operands[-1] + sum(operands[len(operands) // 2 : -1])
-        if this.opcode in ("copy-start", "slice-start"):  # (result, source, mark)
-            moved = this.shapes[0]
-            source = _shapes(around, this.operands[0])[0]
-            return sum(moved.stored for end in (moved, source) if not end.space)
+        if this.opcode in _MOVES:  # (result, source, mark), or of a part (source, result, mark)
+            part = min(this.shapes[:2], key=lambda shape: shape.stored)
+            return sum(part.stored for end in this.shapes[:2] if not end.space)
         return outputs + sum(operands)
 
     def _read(self, inner: Computation, parameter: str, given: Sequence[Shape]) -> float:
