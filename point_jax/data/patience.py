@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,7 +65,10 @@ class Patient:
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._waiting = False
-        threading.Thread(target=self._take, name="batches", daemon=True).start()
+        # The thread knows nothing of this object, and ends with it when nobody has closed it.
+        queues = self._asked, self._given
+        threading.Thread(target=_take, args=(batches, *queues), name="batches", daemon=True).start()
+        weakref.finalize(self, self._asked.put, False)
 
     def __iter__(self) -> "Patient":
         return self
@@ -102,9 +106,10 @@ class Patient:
         if not self._waiting:
             self._batches.close()
 
-    def _take(self) -> None:
-        while self._asked.get():
-            try:
-                self._given.put((next(self._batches), None))
-            except BaseException as error:
-                self._given.put((None, error))
+
+def _take(batches: Any, asked: queue.SimpleQueue, given: queue.SimpleQueue) -> None:
+    while asked.get():
+        try:
+            given.put((next(batches), None))
+        except BaseException as error:
+            given.put((None, error))
