@@ -217,17 +217,18 @@ def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], 
     handler = ocp.PyTreeCheckpointHandler()
     saved = handler.metadata(epath.Path(folder / "state")).tree
     compare_trees(folder, {part: saved.get(part, {}) for part in template}, template)
-    with ocp.Checkpointer(handler) as reader:
-        state = reader.restore(
-            folder / "state",
-            args=ocp.args.PyTreeRestore(
-                item=template,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(template),
-                partial_restore=True,
-            ),
-        )
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        meta = reader.restore(folder / "meta", args=ocp.args.JsonRestore())
+    # By the handlers alone: `Checkpointer` has who can read wait for who cannot.
+    state = handler.restore(
+        epath.Path(folder / "state"),
+        args=ocp.args.PyTreeRestore(
+            item=template,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(template),
+            partial_restore=True,
+        ),
+    )
+    meta = ocp.JsonCheckpointHandler().restore(
+        epath.Path(folder / "meta"), args=ocp.args.JsonRestore()
+    )
     for part in state:
         int(meta["checksums"][part])
     return state, meta
