@@ -1,6 +1,5 @@
 """Checkpoints survive what a kill or a bad disk leaves behind, and never load the wrong thing."""
 
-import resource
 import shutil
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import no_file_above
 
 from point_jax.training.checkpoint import (
     CheckpointError,
@@ -153,16 +153,13 @@ DAMAGES = [
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
     """Found by the next save or wait, and told with the reason."""
     state = {"student": {"w": jax.random.normal(jax.random.key(0), (100, 1000))}}
-    checkpoints, before = Checkpoints(tmp_path, 2), resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = Checkpoints(tmp_path, 2)
     checkpoints.save(1, state, {})
     checkpoints.wait()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
+    with no_file_above(100_000):
         checkpoints.save(2, state, {})
         with pytest.raises(CheckpointError, match="File too large.*newest one is that of step 1"):
             checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     again = Checkpoints(tmp_path, 2)
     found = again.restore(template(state))
     assert found is not None and same(found[0], state)

@@ -1,8 +1,6 @@
 """The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
 
-import contextlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +14,7 @@ import kill_run
 import numpy as np
 import pytest
 import toy_run
+from full_disk import no_file_above
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -391,17 +390,6 @@ def test_a_run_goes_on_where_devices_share_the_state_otherwise(tmp_path, monkeyp
         for name in ("whole", "broken")
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
-
-
-@contextlib.contextmanager
-def no_file_above(size):
-    """Writes beyond it fail as on a full disk: `File too large`."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_metrics_that_cannot_be_written_end_the_run(tmp_path):

@@ -1,6 +1,5 @@
 """Runs whose folder is in an object store, a stand-in for Google's in this process."""
 
-import os
 import socket
 from pathlib import Path
 
@@ -27,13 +26,12 @@ def store():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    before = dict(os.environ)
-    os.environ.update(
-        STORAGE_EMULATOR_HOST=f"http://localhost:{port}",
-        TENSORSTORE_GCS_HTTP_URL=f"http://localhost:{port}",
-        GOOGLE_AUTH_TOKEN_FOR_TESTING="any",
-        GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # asks by gRPC, which the stand-in has not
-    )
+    patch = pytest.MonkeyPatch()
+    for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+        patch.setenv(name, f"http://localhost:{port}")
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")
+    # It asks by gRPC, which the stand-in has not.
+    patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     pytest.importorskip("gcsfs", reason="the object store's client is not installed")
     from fsspec.config import conf
 
@@ -42,8 +40,7 @@ def store():
     server.start()
     yield
     server.stop()
-    os.environ.clear()
-    os.environ.update(before)
+    patch.undo()
 
 
 def toy(workdir, *arguments):

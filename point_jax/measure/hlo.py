@@ -28,8 +28,8 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_PLANNED_ITSELF = re.compile(r"\bplanned_\d+\)*/while$")
 _PLANNED = re.compile(r"\bplanned_(\d+)\)*/while\b")  # also within jvp(...) and the like
+_PLANNED_ITSELF = re.compile(_PLANNED.pattern + "$")
 _WORD = re.compile(r"[\w.\-]+")
 
 
@@ -197,12 +197,12 @@ class Module:
         """
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
-        planned = _PLANNED.findall(loop.op_name)
-        if planned and _PLANNED_ITSELF.search(loop.op_name):
-            return int(planned[-1])
+        if itself := _PLANNED_ITSELF.search(loop.op_name):
+            return int(itself[1])
         counted = self._counted(loop, around)
         if counted is not None:
             return counted
+        planned = _PLANNED.findall(loop.op_name)
         return int(planned[-1]) if planned else None
 
     def _counted(self, loop: Instruction, around: Computation) -> int | None:

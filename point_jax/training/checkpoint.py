@@ -86,31 +86,27 @@ class Checkpoints:
         """
         broken = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            folder, why, found = self._folder / str(step), "", None
+            folder, fault, found = self._folder / str(step), "", None
             try:
                 found = _read(folder, template)
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a damaged file makes the libraries raise
                 text = (str(error).splitlines() or [""])[0][:200]
-                why = f"cannot read checkpoint {folder} ({type(error).__name__}: {text})"
-            if unable := _unable(bool(why)):
-                if len(unable) < jax.process_count():
-                    raise CheckpointError(why or f"cannot read {folder} on processes {unable}")
-                say(why)
-                broken.append(folder)
-                continue
-            assert found is not None
-            state, meta = found
-            if wrong := _wrong_sums(state, meta):
-                say(f"cannot read checkpoint {folder} ({wrong})")
+                fault = f"{type(error).__name__}: {text}"
+            if 0 < len(unable := _unable(found is None)) < jax.process_count():
+                raise CheckpointError(
+                    f"cannot read checkpoint {folder} ({fault or f'processes {unable} cannot'})"
+                )
+            if found is None or (fault := _wrong_sums(*found)):
+                say(f"cannot read checkpoint {folder} ({fault})")
                 broken.append(folder)
                 continue
             for bad in broken:
                 say(f"going on from step {step}; moved {bad} to {_set_aside(bad)}")
             if broken:
                 self._manager.reload()
-            return state, meta
+            return found
         if broken:
             raise CheckpointError(
                 f"none of the checkpoints under {self._folder} can be read; to start "
@@ -230,8 +226,8 @@ def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], 
         epath.Path(folder / "meta"), args=ocp.args.JsonRestore()
     )
     for part in state:
-        int(meta["checksums"][part])
-    return state, meta
+        int(meta["checksums"][part])  # none, or no number, is damage as well
+    return state, dict(meta)
 
 
 def _wrong_sums(state: Mapping[str, Tree], meta: Mapping[str, Any]) -> str:

@@ -54,14 +54,11 @@ class MetricsWriter:
         Raises:
             MetricsError: the line could not be written.
         """
-        line: dict[str, Any] = {"step": step}
-        for name, value in values.items():
-            line[name] = value if math.isfinite(value) else None
-        wrong = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        if wrong:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        line: dict[str, Any] = {"step": step, **{name: finite.get(name) for name in values}}
+        if wrong := {name: str(value) for name, value in values.items() if name not in finite}:
             line["nonfinite"] = wrong
         self._line(line)
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         with self._writing(self._board.folder):
             self._board.write(step, finite)
 

@@ -25,7 +25,8 @@ SILENT = 20.0  # seconds after which the first process names the one that it doe
 GRACE = 3.0  # seconds that a process has to end by itself once another has failed
 LONGEST = 2_000  # characters of a message
 FAILED, HEARD = "point_jax/failed/", "point_jax/heard/"
-ALIVE, DONE = "point_jax/alive/", "point_jax/done/"
+ALIVE, DONE = "point_jax/alive/", "point_jax/done"
+LONG = 10**9  # milliseconds, twelve days: of processes that are gone the watch and JAX know sooner
 ALONE = 134  # exit code of who has lost the first process: that of JAX's abort, for schedulers
 
 _leaving = threading.Event()  # this process ends, in one way or another: nobody else need end it
@@ -40,7 +41,7 @@ def watch() -> None:
     if jax.distributed.is_initialized():
         thread = threading.Thread(target=_watch, args=(_store(),), name="peers", daemon=True)
         thread.start()
-        atexit.register(_finish, _store(), thread)  # runs before JAX's own end
+        atexit.register(_finish, thread)  # runs before JAX's own end
 
 
 def which_process() -> str:
@@ -102,13 +103,10 @@ def _may_be_another(error: BaseException | None) -> bool:
     return False
 
 
-def _finish(store: Any, thread: threading.Thread) -> None:
+def _finish(thread: threading.Thread) -> None:
     """Waits for all processes to come to their end; the watch ends this one if another fails."""
-    number, processes = _job()
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        store.key_value_set(f"{DONE}{number}", "", allow_overwrite=True)
-        while len(list(_read(store, DONE))) < processes and thread.is_alive():
-            time.sleep(0.2)
+        _store().wait_at_barrier(DONE, LONG)
     _leaving.set()
     thread.join(HEARTBEAT)
 
