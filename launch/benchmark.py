@@ -27,7 +27,8 @@ the first warm-up call runs, with its peak memory taken: what the device's alloc
 the growth of the process's resident set, which starts with parameters and inputs in place; the
 other warm-up calls and the timed ones run, each until its results are ready (median, min); one more
 runs under the profiler, for the parts. GFLOP needed are those of real points, without padding. A
-product of two matrices of 2,048 x 2,048 is timed before and after all, and between the timed calls.
+product of two matrices of 2,048 x 2,048 (accelerators: 8,192) is timed before and after all, and
+between the timed calls.
 docs/benchmark.md says what every number means.
 """
 

@@ -80,8 +80,10 @@ def defined(qkv, segment, g):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kernels", [attention_tpu, attention_gpu], ids=["tpu", "gpu"])
-def test_kernels_are_attention_within_segments(kernels, name):
+@pytest.mark.parametrize(("device", "kernels"), [("tpu", attention_tpu), ("gpu", attention_gpu)])
+def test_kernels_are_attention_within_segments(device, kernels, name):
+    """Interpreted, but on the device that they are for (`JAX_PLATFORMS=cuda pytest ...`)."""
+    interpret = jax.default_backend() != device
     case = CASES[name]
     qkv, segment, g = arrays(case)
     narrow = None if case.narrow is None else jnp.array(case.narrow)
@@ -89,8 +91,8 @@ def test_kernels_are_attention_within_segments(kernels, name):
 
     @jax.jit
     def both(qkv, g):
-        out, lse = kernels.forward(case.width, qkv, *rest, interpret=True)
-        return out, lse, kernels.backward(case.width, qkv, *rest, out, lse, g, interpret=True)
+        out, lse = kernels.forward(case.width, qkv, *rest, interpret=interpret)
+        return out, lse, kernels.backward(case.width, qkv, *rest, out, lse, g, interpret=interpret)
 
     out, lse, grads = both(qkv, g)
     assert out.dtype == grads.dtype == qkv.dtype and lse.dtype == jnp.float32

@@ -200,6 +200,17 @@ sys.exit(command.run(main, sys.argv, None))
         assert "Traceback" not in first[2] + second[2]
 
 
+def test_a_sum_whose_other_half_is_gone_may_be_the_fault_of_another_process():
+    """Then JAX has its time to notice; also where the error is of a library in between."""
+    broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    wrapped = checkpoint.CheckpointError("a checkpoint could not be written")
+    wrapped.__cause__ = broken
+    assert peers._may_be_another(broken) and peers._may_be_another(wrapped)
+    assert peers._may_be_another(jax.errors.JaxRuntimeError("INTERNAL: Barrier failed"))
+    assert not peers._may_be_another(ValueError("no space for the last line"))
+    assert not peers._may_be_another(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory"))
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")

@@ -13,7 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from point_jax.training import programs
 
-CALIBRATION = 2048  # edge of the matrices
+# Edge of the matrices: a product that takes longer than its start.
+CALIBRATION, _ON_ACCELERATORS = 2048, 8192
 _TRIES = 5
 
 # A program of another process may be the same but for the names of its scopes.
@@ -41,14 +42,15 @@ class Made(NamedTuple):
     from_cache: bool
 
 
-def calibrate(dtype: str, size: int = CALIBRATION) -> float:
+def calibrate(dtype: str) -> float:
     """FLOP/s of the product of two square matrices, the best of five."""
-    speed = machine_speed(dtype, size)
+    speed = machine_speed(dtype)
     return max(speed() for _ in range(_TRIES))
 
 
-def machine_speed(dtype: str, size: int = CALIBRATION) -> Callable[[], float]:
+def machine_speed(dtype: str) -> Callable[[], float]:
     """A function that multiplies two square matrices once and returns the FLOP/s."""
+    size = CALIBRATION if jax.default_backend() == "cpu" else _ON_ACCELERATORS
     matrix = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     jax.block_until_ready(product(matrix, matrix))

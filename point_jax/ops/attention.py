@@ -9,6 +9,7 @@ The implementation is chosen when a program is lowered, so that a program is tra
 tracing kernels that its platform does not have.
 """
 
+import dataclasses
 from functools import cache, partial
 
 import jax
@@ -132,10 +133,28 @@ def _primitive(name, shapes, loop, kernel):
     primitive.def_impl(lambda *arrays, clouds, width: compiled(clouds, width)(*arrays))
     mlir.register_lowering(primitive, mlir.lower_fun(loop))
     for platform in ("tpu", "cuda"):
-        mlir.register_lowering(
-            primitive, mlir.lower_fun(partial(kernel, platform)), platform=platform
-        )
+        lower = mlir.lower_fun(partial(kernel, platform))
+        if platform == "cuda":
+            lower = partial(_with_a_gpu, lower)
+        mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
+
+
+def _with_a_gpu(lower, *arguments, **static):
+    """Lowers with a GPU in sight, which JAX from 0.11 on asks for; any will do.
+
+    What is lowered is compiled for the GPU that it runs on, which an exporting machine need not
+    have.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    planned, here = mesh.abstract_device, jax.devices()[0]
+    if here.platform == "gpu" or (planned and planned.device_kind != here.device_kind):
+        return lower(*arguments, **static)
+    known = {"device_kind": "NVIDIA A100", "num_cores": None, "platform": "gpu"}
+    fields = {field.name for field in dataclasses.fields(jax.sharding.AbstractDevice)}
+    device = jax.sharding.AbstractDevice(**{name: known[name] for name in fields})
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        return lower(*arguments, **static)
 
 
 def _forward_shapes(qkv, segment, *_, clouds, width):

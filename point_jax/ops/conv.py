@@ -17,9 +17,11 @@ from point_jax.geometry.pairs import Pairs
 from point_jax.ops import conv_pairs
 from point_jax.ops.gather import take_rows
 
-_BLOCK_BYTES = (
-    4 << 20
-)  # of gathered features: large enough for the matrix unit, small enough for a cache
+# Of gathered features: large enough for the matrix unit, small enough for a cache.
+_BLOCK_BYTES = 4 << 20
+# A loop on a GPU asks the host before each block whether there is one more: few blocks, each as
+# large as the second-level cache.
+_CUDA_BLOCK_BYTES = 64 << 20
 
 
 @jax.custom_vjp
@@ -53,10 +55,15 @@ def submanifold_conv(
 
 def _forward(x, weight, neighbours, count, pairs):
     side_by_side = partial(_correlate, x, weight, neighbours, count)
-    if pairs is None:
-        return side_by_side()
     by_pairs = partial(conv_pairs.correlate, x, weight, pairs)
-    return jax.lax.platform_dependent(cpu=by_pairs, default=side_by_side)
+    return _by_platform(side_by_side, None if pairs is None else by_pairs)
+
+
+def _by_platform(side_by_side, by_pairs):
+    """What `side_by_side(bytes of a block)` or, on CPUs, `by_pairs()` returns."""
+    few = partial(side_by_side, _CUDA_BLOCK_BYTES)
+    many = partial(side_by_side, _BLOCK_BYTES)
+    return jax.lax.platform_dependent(cpu=by_pairs or many, cuda=few, default=many)
 
 
 def _fwd(x, weight, neighbours, voxel, count, pairs):
@@ -68,26 +75,24 @@ def _bwd(saved, g):
     x, weight, neighbours, voxel, count, pairs = saved
     g = jnp.where((voxel < len(x))[:, None], g, 0)
     side_by_side = partial(_gradients, x, weight, neighbours, voxel, count, g)
-    if pairs is None:
-        grads = side_by_side()
-    else:
-        by_pairs = partial(conv_pairs.gradients, x, weight, pairs, g)
-        grads = jax.lax.platform_dependent(cpu=by_pairs, default=side_by_side)
+    by_pairs = partial(conv_pairs.gradients, x, weight, pairs, g)
+    grads = _by_platform(side_by_side, None if pairs is None else by_pairs)
     return *grads, None, None, None, None
 
 
 submanifold_conv.defvjp(_fwd, _bwd)
 
 
-def _gradients(x, weight, neighbours, voxel, count, g):
+def _gradients(x, weight, neighbours, voxel, count, g, block_bytes):
     """Of x (N, C) and of the kernel (T, C, F)."""
     centre = len(neighbours) // 2
     # A representative is read by every row of each voxel around it: by the sum of their gradients.
     # The centre tap stays row by row.
     transposed = jnp.swapaxes(weight, 1, 2)
-    grad = _correlate(_sum_duplicates(g, voxel), transposed, neighbours, count, voxel)
+    summed = _sum_duplicates(g, voxel)
+    grad = _correlate(summed, transposed, neighbours, count, block_bytes, voxel)
     grad = (grad + g @ weight[centre].T).astype(x.dtype)
-    return grad, _correlate_weight(x, g, neighbours, count).astype(weight.dtype)
+    return grad, _correlate_weight(x, g, neighbours, count, block_bytes).astype(weight.dtype)
 
 
 def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:
@@ -103,9 +108,17 @@ def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(1, most + 1, add, g)
 
 
-def _blocks(capacity: int, width: int, itemsize: int) -> int:
+def _rows(capacity: int, row_bytes: int, block_bytes: int) -> int:
     """Rows a block."""
-    return max(1, min(capacity, max(64, _BLOCK_BYTES // (width * itemsize))))
+    return max(1, min(capacity, max(64, block_bytes // row_bytes)))
+
+
+def _over_blocks(body, init, capacity, size, count):
+    """`body(i, carry)` for each block with rows in use; a single block needs no loop."""
+    if capacity <= size:
+        return body(0, init)
+    with planned(-(-capacity // size)):
+        return jax.lax.fori_loop(0, -(-count // size), body, init)
 
 
 def _table_block(neighbours, start, size, voxel=None):
@@ -123,10 +136,10 @@ def _table_block(neighbours, start, size, voxel=None):
     return jax.lax.optimization_barrier(rows).T
 
 
-def _correlate(x, weight, neighbours, count, voxel=None):
+def _correlate(x, weight, neighbours, count, block_bytes, voxel=None):
     taps, channels, filters = weight.shape
     capacity = neighbours.shape[1]
-    size = _blocks(capacity, taps * channels, x.dtype.itemsize)
+    size = _rows(capacity, taps * channels * x.dtype.itemsize, block_bytes)
     kernel = weight.reshape(taps * channels, filters)
     padded = jnp.pad(x, ((0, 1), (0, 0)))
 
@@ -139,14 +152,13 @@ def _correlate(x, weight, neighbours, count, voxel=None):
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
 
     out = jnp.zeros((capacity, filters), x.dtype)
-    with planned(-(-capacity // size)):
-        return jax.lax.fori_loop(0, -(-count // size), block, out)
+    return _over_blocks(block, out, capacity, size, count)
 
 
-def _correlate_weight(x, g, neighbours, count):
+def _correlate_weight(x, g, neighbours, count, block_bytes):
     """(T, C, F): the gradient of the kernel, summed in float32."""
     (taps, capacity), channels, filters = neighbours.shape, x.shape[1], g.shape[1]
-    size = _blocks(capacity, taps * channels, x.dtype.itemsize)
+    size = _rows(capacity, taps * channels * x.dtype.itemsize, block_bytes)
     padded = jnp.pad(x, ((0, 1), (0, 0)))
 
     def block(i, total):
@@ -159,6 +171,5 @@ def _correlate_weight(x, g, neighbours, count):
         return total + jnp.dot(gathered.T, slope, preferred_element_type=jnp.float32)
 
     total = jnp.zeros((taps * channels, filters), jnp.float32)
-    with planned(-(-capacity // size)):
-        total = jax.lax.fori_loop(0, -(-count // size), block, total)
+    total = _over_blocks(block, total, capacity, size, count)
     return total.reshape(taps, channels, filters)

@@ -6,6 +6,7 @@ Sinkhorn-Knopp only keeps one scale per prototype, cross-entropy a running log-s
 gradients are made block by block as well. All in log space and float32.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,21 @@ import jax.numpy as jnp
 from point_jax.geometry.loops import planned
 
 _BLOCK = 256
+# A loop on a GPU asks the host before each block whether there is one more: few and large ones.
+_CUDA_BLOCK = 4096
 
 
-def _num_blocks(count: jax.Array, size: int) -> jax.Array:
-    return -(-count // size)
+def _over_blocks(body, init, points: int, count: jax.Array):
+    """Folds `body(size, i, carry)` over the blocks of `size` points of which some are in use."""
+
+    def loop(block):
+        size = min(block, points)
+        with planned(-(-points // size)):
+            return jax.lax.fori_loop(0, -(-count // size), partial(body, size), init)
+
+    return jax.lax.platform_dependent(
+        cuda=partial(loop, _CUDA_BLOCK), default=partial(loop, _BLOCK)
+    )
 
 
 def points_done(capacity: int, count: int) -> int:
@@ -54,9 +66,8 @@ def log_sum_over_points(
     Returns:
       (Q,) float32: log of the sum over points of exp(score / temperature), each point normalised.
     """
-    size = min(_BLOCK, len(embedding))
 
-    def add(i, total):
+    def add(size, i, total):
         rows, fresh = _block(embedding, i, size)
         use = jnp.where(fresh, _block(weight, i, size)[0], 0.0)
         scores = rows @ directions.T / temperature  # (block, Q)
@@ -66,8 +77,7 @@ def log_sum_over_points(
         return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
 
     empty = jnp.full(len(directions), -jnp.inf)
-    with planned(-(-len(embedding) // size)):
-        return jax.lax.fori_loop(0, _num_blocks(count, size), add, empty)
+    return _over_blocks(add, empty, len(embedding), count)
 
 
 class Sums(NamedTuple):
@@ -124,10 +134,9 @@ def _assignments(student, student_directions, blocks, temperature, i, size):
 
 
 def _forward(student, student_directions, blocks, temperature):
-    size = min(_BLOCK, len(student))
     prototypes = len(student_directions)
 
-    def add(i, carry):
+    def add(size, i, carry):
         losses, sums = carry
         use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
         target, guess = use[:, None] * jnp.exp(t), use[:, None] * jnp.exp(p)
@@ -144,8 +153,7 @@ def _forward(student, student_directions, blocks, temperature):
 
     zero, none = jnp.zeros(()), jnp.zeros(prototypes)
     init = jnp.zeros(len(student)), Sums(zero, zero, none, none)
-    with planned(-(-len(student) // size)):
-        return jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+    return _over_blocks(add, init, len(student), blocks[4])
 
 
 @jax.custom_vjp
@@ -161,9 +169,8 @@ def _loss_fwd(student, student_directions, blocks, temperature):
 def _loss_bwd(saved, grads):
     student, student_directions, blocks, temperature = saved
     slope = grads[0]
-    size = min(_BLOCK, len(student))
 
-    def add(i, carry):
+    def add(size, i, carry):
         grad, grad_directions = carry
         use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
         rate = (use * _block(slope, i, size)[0] / temperature)[:, None]
@@ -178,8 +185,7 @@ def _loss_bwd(saved, grads):
         return grad, grad_directions + score_slope.T @ _block(student, i, size)[0]
 
     init = jnp.zeros_like(student), jnp.zeros_like(student_directions)
-    with planned(-(-len(student) // size)):
-        grad, grad_directions = jax.lax.fori_loop(0, _num_blocks(blocks[4], size), add, init)
+    grad, grad_directions = _over_blocks(add, init, len(student), blocks[4])
     return grad, grad_directions, None, None
 
 

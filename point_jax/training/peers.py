@@ -9,6 +9,7 @@ others read it there, say it, and leave too.
 import atexit
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
@@ -28,6 +29,8 @@ FAILED, HEARD = "point_jax/failed/", "point_jax/heard/"
 ALIVE, DONE = "point_jax/alive/", "point_jax/done"
 LONG = 10**9  # milliseconds, twelve days: of processes that are gone the watch and JAX know sooner
 ALONE = 134  # exit code of who has lost the first process: that of JAX's abort, for schedulers
+
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 _leaving = threading.Event()  # this process ends, in one way or another: nobody else need end it
 
@@ -97,8 +100,10 @@ def leave(error: BaseException, message: str, code: int) -> None:
 def _may_be_another(error: BaseException | None) -> bool:
     """Whether an error may come from another process that is gone."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return "RESOURCE_EXHAUSTED" not in str(error)  # memory is this process's own
+        text = str(error)
+        # A sum that breaks while it is dispatched is a ValueError with XLA's status as its text.
+        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(text):
+            return "RESOURCE_EXHAUSTED" not in text  # memory is this process's own
         error = error.__cause__ or error.__context__
     return False
 
