@@ -126,6 +126,7 @@ def costs():
 def test_products_count_as_often_as_their_loops_run(costs):
     assert costs.flops == {"single": (7 + 5) * 2.0 * 100 * 48 * 48}
     assert costs.unknown == []
+    assert costs.turns == 5 + 1  # the second loop's
 
 
 def test_a_part_that_is_fetched_counts_as_the_part():
@@ -216,6 +217,7 @@ def test_what_is_compiled_here_counts_as_its_trace_does():
     compiled = jax.jit(f).lower(*arguments).compile()
     counted = cost.count(hlo.parse(compiled.as_text()))
     assert sum(counted.flops.values()) == (5 + 3) * once
+    assert counted.turns == 3 + 1
     assert product_flops(f, *arguments) == (5 + 1) * once  # a trace knows no plan
     xla = compiled.cost_analysis()
     assert xla is not None and xla["flops"] < 3 * once
@@ -242,6 +244,17 @@ def test_a_kernel_takes_the_longer_of_products_and_memory():
     line = estimate(Costs(kernels), where)
     assert line.parts == {"other": 6.0, "geometry": 3.0, "mlp": 2.0, "collectives": 0.0}
     assert (line.kernels, line.products, line.memory) == pytest.approx((11, 8, 4))
+
+
+def test_on_gpus_kernels_take_time_to_start_and_loops_wait_for_the_host():
+    where = topology.parse("h100:1x1")
+    assert where.chip is not None
+    kernels = [Kernel("a", "jit(f)/mlp/add", {}, 1, 500), Kernel("b", "", {}, 3352e9, 1)]
+    line = estimate(Costs(kernels, turns=100), where)
+    assert line.parts["mlp"] == pytest.approx(500 * where.chip.start)
+    assert line.turns == line.parts["waits for the host"] == pytest.approx(100 * where.chip.turn)
+    assert line.seconds == pytest.approx(1 + line.parts["mlp"] + line.turns)
+    assert estimate(Costs(kernels, turns=100), topology.parse("v5e:1x1")).turns == 0
 
 
 def test_a_sum_goes_round_twice_and_between_hosts_with_its_share():

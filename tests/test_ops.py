@@ -1,5 +1,7 @@
 """Every primitive against its definition, values and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from test_hierarchy import random_row
 
 from point_jax.geometry.neighbours import TAPS
 from point_jax.geometry.patches import build_patches
+from point_jax.ops import pool
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
 from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
@@ -106,6 +109,13 @@ def test_children_copy_their_cluster():
     )
 
 
+@pytest.fixture(params=[0, 8])
+def unrolled(monkeypatch, request):
+    """Points of a cluster that are no loop, on CPUs and on GPUs."""
+    monkeypatch.setattr(pool, "_over_children", partial(pool.fold_children, unrolled=request.param))
+
+
+@pytest.mark.usefixtures("unrolled")
 def test_maximum_over_clusters_sends_its_gradient_to_one_point():
     fine, coarse = random_row(1, True)[:2]
     used = (jnp.arange(400) < coarse.count)[:, None]
@@ -124,6 +134,7 @@ def test_maximum_over_clusters_sends_its_gradient_to_one_point():
     np.testing.assert_array_equal(np.flatnonzero(grad), first)
 
 
+@pytest.mark.usefixtures("unrolled")
 def test_mean_over_clusters():
     fine, coarse = random_row(1, True)[:2]
 

@@ -188,8 +188,9 @@ def build_hierarchy(
         if level == 0 and spec.stem_radius:
             wide = _neighbours(part, neighbours, spec.stem_radius)
         neighbours = _neighbours(part, neighbours, 1)
-        starts = jnp.searchsorted(part["cloud"], jnp.arange(spec.clouds + 1))
-        starts = starts.astype(jnp.int32)
+        # Of so few clouds; a search row by row is a loop of its own, which costs accelerators more.
+        before = part["cloud"][None] < jnp.arange(spec.clouds + 1)[:, None]
+        starts = before.sum(1, dtype=jnp.int32)
         inverses = _inverse(part["orders"])
         patches = {
             size: build_patches(part["orders"], inverses, part["cloud"], starts, size)

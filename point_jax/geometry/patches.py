@@ -144,5 +144,6 @@ def _place_clouds(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Arr
         cursor = jnp.where(cursor % width + size > width, -(-cursor // width) * width, cursor)
         return cursor + size, cursor
 
-    end, short_base = jax.lax.scan(place, padded.sum(), (size, long))
+    few = min(len(size), 16)  # no loop then: a kernel instead of some for every cloud
+    end, short_base = jax.lax.scan(place, padded.sum(), (size, long), unroll=few)
     return jnp.where(long, long_base, short_base), -(-end // width)

@@ -13,7 +13,7 @@ def smallest(values: jax.Array, valid: jax.Array, k: jax.Array | int) -> jax.Arr
     """The rows with the k smallest values; of equal values the first rows.
 
     The bits of a float that is not negative order like integers, so the k-th smallest is found by
-    bisecting them: at most 31 counts of the row, about 25 where values differ, and no sort.
+    searching for its bits with counts of the row, without a sort.
 
     Args:
       values: (N,) float32 or int32, not negative where valid. Anything elsewhere, NaN included.
@@ -27,6 +27,22 @@ def smallest(values: jax.Array, valid: jax.Array, k: jax.Array | int) -> jax.Arr
         values = jax.lax.bitcast_convert_type(values, jnp.int32)
     bits = jnp.where(valid, values, LARGEST)
 
+    threshold = jax.lax.platform_dependent(
+        bits, jnp.asarray(k, jnp.int32), cpu=by_halves, default=by_digits
+    )
+    below = valid & (bits < threshold)
+    equal = valid & (bits == threshold)
+    last = member(equal, k - number(below) - 1)
+    rows = jnp.arange(bits.shape[0], dtype=jnp.int32)
+    return (below | (equal & (rows <= last))) & (k > 0)
+
+
+def by_halves(bits: jax.Array, k: jax.Array) -> jax.Array:
+    """A threshold that `min(k, N)` of the integers (N,) >= 0 do not exceed, by bisection.
+
+    At most 31 counts, about 25 where values differ, each of one comparison: for CPUs.
+    """
+
     def search(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = state
         middle = low + (high - low) // 2
@@ -38,13 +54,19 @@ def smallest(values: jax.Array, valid: jax.Array, k: jax.Array | int) -> jax.Arr
     # Finding the true range first would cost more than the few steps that it saves.
     everything = (jnp.int32(0), jnp.int32(LARGEST))
     with planned(31):
-        _, threshold = jax.lax.while_loop(lambda state: state[0] < state[1], search, everything)
+        return jax.lax.while_loop(lambda state: state[0] < state[1], search, everything)[1]
 
-    below = valid & (bits < threshold)
-    equal = valid & (bits == threshold)
-    last = member(equal, k - number(below) - 1)
-    rows = jnp.arange(bits.shape[0], dtype=jnp.int32)
-    return (below | (equal & (rows <= last))) & (k > 0)
+
+def by_digits(bits: jax.Array, k: jax.Array) -> jax.Array:
+    """As `by_halves`, four bits at a time: 8 passes, no loop; for accelerators."""
+    threshold = jnp.int32(0)
+    for place in range(28, -1, -4):
+        digits = jnp.arange(8 if place == 28 else 16, dtype=jnp.int32)
+        upto = threshold | (digits << place) | ((1 << place) - 1)
+        counts = jnp.sum((bits[None] <= upto[:, None]).astype(jnp.float32), axis=1)
+        below = number(counts.astype(jnp.int32) < k)
+        threshold |= jnp.minimum(below, digits[-1]) << place
+    return threshold
 
 
 def number(mask: jax.Array) -> jax.Array:

@@ -14,6 +14,11 @@ Sources, read in 2026:
   H100 NVIDIA's data sheet of the H100 SXM: dense rates (it prints those with sparsity, twice as
        high), 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together; between hosts one ConnectX-7
        of 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
+
+`start` and `turn` of the H100 are measured: the profile of a base step on an H200 (JAX 0.11.2, CUDA
+graphs on) has 30,233 kernels shorter than 3 us, the median 2.0 us from one to the next, and 3,388
+turns of loops, on average 26 us with the gap before. TPUs run loops by themselves; what a kernel
+costs to start there is not known here.
 """
 
 from dataclasses import dataclass
@@ -39,6 +44,8 @@ class Chip:
       axes: dimensions of a slice; 0 where every device reaches every other alike.
       ring: a dimension's links close to a ring where it is a multiple of this.
       per_chip: devices of a chip.
+      start: seconds from one short kernel to the next.
+      turn: seconds that a loop waits for the host to look whether it goes on.
     """
 
     platform: Literal["tpu", "cuda", "cpu"]
@@ -52,6 +59,8 @@ class Chip:
     axes: int = 0
     ring: int = 1
     per_chip: int = 1
+    start: float = 0.0
+    turn: float = 0.0
 
 
 def _tpu(
@@ -80,5 +89,7 @@ CHIPS = {
         bandwidth=3352 * GIGA,
         links=450 * GIGA,
         network=50 * GIGA,
+        start=2.0e-6,
+        turn=26e-6,
     ),
 }

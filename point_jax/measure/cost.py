@@ -86,11 +86,13 @@ class Costs:
       kernels: in the program's order.
       collectives: likewise.
       unknown: scopes of loops whose length the text does not tell; counted as running once.
+      turns: how often a loop that ends where its data say looks whether to go on.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
     collectives: list[Collective] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    turns: float = 0
 
     @property
     def flops(self) -> dict[Precision, float]:
@@ -141,6 +143,8 @@ class _Walk:
                 trips = self._module.trips(this, around)
                 if trips is None:
                     found.unknown.append(this.op_name or this.name)
+                if self._module.ends_by_data(this, around):
+                    found.turns += times * ((1 if trips is None else trips) + 1)
                 for inner in called:
                     _extend(found, self.run(inner, times * (1 if trips is None else trips)))
             case "conditional":
@@ -293,6 +297,7 @@ def _extend(found: Costs, more: Costs) -> None:
     found.kernels += more.kernels
     found.collectives += more.collectives
     found.unknown += more.unknown
+    found.turns += more.turns
 
 
 def _weight(costs: Costs) -> float:

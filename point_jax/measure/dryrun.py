@@ -150,6 +150,7 @@ def counted(text: str, topology: Topology) -> Record:
         "flop_by_precision": costs.flops,
         "bytes_moved": costs.size,
         "kernels": costs.started,
+        "turns": costs.turns,
         "loops_of_unknown_length": sorted(set(costs.unknown)),
         "collectives": [
             dict(zip(("kind", "dtype", "group", "domains"), key, strict=True))

@@ -76,6 +76,7 @@ def _work(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "TFLOP needed by a furnished room", f"{needed:.2f} (fills {full} of the levels)"
     yield "GB moved between memory and device", f"{record['bytes_moved'] / GIGA:,.0f}"
     yield "kernels started", f"{record['kernels']:,.0f}"
+    yield "turns of loops that end where their data say", f"{record['turns']:,.0f}"
 
 
 def _collective(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -104,6 +105,11 @@ def _roofline(record: Mapping[str, Any]) -> Iterator[str]:
         f"{chip['single_flops'] / TERA:.1f} float32, {chip['bandwidth'] / GIGA:,.0f} GB/s memory, "
         f"{chip['links'] / GIGA:,.0f} GB/s links, {chip['network'] / GIGA:.1f} GB/s network"
     )
+    if chip["start"] or chip["turn"]:
+        yield (
+            f"measured: {chip['start'] * 1e6:.1f} us from one short kernel to the next, "
+            f"{chip['turn'] * 1e6:.0f} us for the host to look whether a loop goes on"
+        )
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -205,6 +205,13 @@ class Module:
         planned = _PLANNED.findall(loop.op_name)
         return int(planned[-1]) if planned else None
 
+    def ends_by_data(self, loop: Instruction, around: Computation) -> bool:
+        """Whether how often a `while` runs is in its data, not in the program."""
+        if _TRIPS.search(loop.attributes):
+            return False
+        itself = _PLANNED_ITSELF.search(loop.op_name)
+        return itself is not None or self._counted(loop, around) is None
+
     def _counted(self, loop: Instruction, around: Computation) -> int | None:
         """Trips of a loop whose counter starts and ends at constants."""
         condition = self.computations.get(loop.attribute("condition").lstrip("%"))

@@ -1,10 +1,11 @@
 """How long a step takes at least, from what it does and what a device can do.
 
 Every kernel takes as long as its products at the peak rate or its bytes at the memory's, whichever
-is longer; collectives take the bytes that each device must send over its links, and nothing is
-hidden behind them. That is a bound from below for each kernel: what it costs to start one, what
-products of few columns waste, and that gathers of short rows and sorts are slower than straight
-reading are not in it.
+is longer, or as starting one takes, where that is known (GPUs); a loop that ends where its data say
+waits for the host there. Collectives take the bytes that each device must send over its links, and
+nothing is hidden behind them. That is a bound from below for each kernel: what products of few
+columns waste, and that gathers of short rows and sorts are slower than straight reading, is not in
+it.
 """
 
 from collections import Counter
@@ -15,7 +16,7 @@ from point_jax.measure.cost import Collective, Costs, Kernel
 from point_jax.measure.parts import OTHER, place_of
 from point_jax.measure.topology import Topology
 
-COLLECTIVES = "collectives"  # beside the parts of `measure.parts`
+COLLECTIVES, TURNS = "collectives", "waits for the host"  # beside the parts of `measure.parts`
 _BOTH_WAYS = ("all-reduce",)  # what is a reduce-scatter and an all-gather
 
 
@@ -27,20 +28,22 @@ class Roofline:
       products: all operations at their peak rates.
       memory: all bytes at the memory's rate.
       collectives: over links and network.
-      kernels: each kernel by the longer of its two, added up.
-      parts: the same by part of the project, and the collectives.
+      turns: loops that wait for the host.
+      kernels: each kernel by the longest of its three, added up.
+      parts: the same by part of the project, the collectives, and the turns where there are any.
     """
 
     products: float
     memory: float
     collectives: float
+    turns: float
     kernels: float
     parts: dict[str, float]
 
     @property
     def seconds(self) -> float:
         """Of the step."""
-        return self.kernels + self.collectives
+        return self.kernels + self.collectives + self.turns
 
 
 def estimate(costs: Costs, topology: Topology) -> Roofline:
@@ -59,11 +62,14 @@ def estimate(costs: Costs, topology: Topology) -> Roofline:
         products += kernel.times * flop
         memory += kernel.times * move
         place = place_of(kernel.op_name)
-        parts[place.part if place else OTHER] += kernel.times * max(flop, move)  # type: ignore
+        parts[place.part if place else OTHER] += kernel.times * max(flop, move, chip.start)  # type: ignore
     kernels = float(sum(parts.values()))
     sent = sum(c.times * collective_seconds(c, topology) for c in costs.collectives)
-    ordered = dict(sorted(parts.items(), key=lambda item: -item[1]))
-    return Roofline(products, memory, sent, kernels, ordered | {COLLECTIVES: sent})
+    turns = costs.turns * chip.turn
+    ordered = dict(sorted(parts.items(), key=lambda item: -item[1])) | {COLLECTIVES: sent}
+    if turns:
+        ordered[TURNS] = turns
+    return Roofline(products, memory, sent, turns, kernels, ordered)
 
 
 def _product_seconds(kernel: Kernel, chip: Chip) -> float:

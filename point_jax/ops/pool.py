@@ -1,24 +1,39 @@
 """Reductions over clusters, whose points are contiguous rows.
 
 A cluster of distinct voxels has at most 8 points, one of duplicated voxels more; the loops run as
-often as the largest cluster of the row needs.
+often as the largest cluster of the row needs. On GPUs, where a turn of a loop waits for the host,
+the first 8 are no loop.
 """
+
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.loops import planned
 
+Carry = TypeVar("Carry")
+CHILDREN = 8  # of a voxel; more only where voxels repeat
+
 
 def _over_children(body, first_child: jax.Array, init):
     """Folds `body(j, rows, inside, carry)` over the j-th points of all clusters at once."""
+    fold = partial(fold_children, body, first_child, init)
+    return jax.lax.platform_dependent(cuda=partial(fold, CHILDREN), default=partial(fold, 0))
+
+
+def fold_children(body: Any, first_child: jax.Array, init: Carry, unrolled: int) -> Carry:
+    """As `_over_children`; the first `unrolled` points of a cluster one after the other."""
     start, end = first_child[:-1], first_child[1:]
 
     def step(j, carry):
         return body(j, start + j, start + j < end, carry)
 
-    with planned(8):  # more only where voxels repeat
-        return jax.lax.fori_loop(0, (end - start).max(), step, init)
+    for j in range(unrolled):
+        init = step(j, init)
+    with planned(CHILDREN - unrolled):
+        return jax.lax.fori_loop(unrolled, (end - start).max(), step, init)
 
 
 def cluster_sum(x: jax.Array, first_child: jax.Array) -> jax.Array:
