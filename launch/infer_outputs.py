@@ -14,7 +14,7 @@ from point_jax.data.scenes import UP
 from point_jax.features.export import feature_arrays
 from point_jax.features.head import SegmentationHead
 from point_jax.features.maps import PointFeatures
-from point_jax.visual.classes import class_colors
+from point_jax.visual.classes import KeyEntry, class_colors, class_key
 from point_jax.visual.codes import cosine_codes
 from point_jax.visual.files import whole, write_npz, write_ply
 from point_jax.visual.page import PageCloud, write_page
@@ -22,6 +22,7 @@ from point_jax.visual.pca import fit_pca_colors
 from point_jax.visual.pictures import Panel, side_by_side, stack
 
 GREY = 184  # of points without a colour
+CLASSES = "predicted classes"
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def write(
         normal = result.own().get("normal")
         write_ply(files["ply"], coord, color, normal)
     if "png" in files:
-        picture = stack([_picture(cloud) for cloud in shown])
+        picture = stack([_picture(cloud, _key(result, [cloud])) for cloud in shown])
         with whole(files["png"]) as part:
             picture.save(part)
     if "html" in files:
@@ -143,7 +144,15 @@ def _shown(result: Result, up_cast: int | None) -> list[_Shown]:
     return shown
 
 
-def _picture(cloud: _Shown):
+def _key(result: Result, shown: Sequence[_Shown]) -> list[KeyEntry]:
+    """What the colours of the predicted classes mean; [] without a head."""
+    if result.head is None:
+        return []
+    segments = [cloud.segment for cloud in shown if cloud.segment is not None]
+    return class_key(segments, result.head.classes, shown[0].palette)
+
+
+def _picture(cloud: _Shown, key: Sequence[KeyEntry]):
     color = np.full(cloud.coord.shape, GREY, np.uint8) if cloud.color is None else cloud.color
     title = "no colours" if cloud.color is None else "colours"
     panels = [
@@ -152,7 +161,7 @@ def _picture(cloud: _Shown):
     ]
     if cloud.segment is not None:
         classes = cloud.palette[cloud.segment]
-        panels.append(Panel("predicted classes", cloud.coord, classes, cloud.normal))
+        panels.append(Panel(CLASSES, cloud.coord, classes, cloud.normal, key))
     return side_by_side(panels, label=cloud.name)
 
 
@@ -165,10 +174,16 @@ def _page(path: Path, result: Result, shown: Sequence[_Shown]) -> None:
         if cloud.color is not None:
             colorings["colours"] = cloud.color
         if cloud.segment is not None:
-            colorings["predicted classes"] = cloud.palette[cloud.segment]
+            colorings[CLASSES] = cloud.palette[cloud.segment]
         clouds.append(
             PageCloud(
-                cloud.name, cloud.coord, colorings, cloud.normal, owner=cloud.owner, origin=origin
+                cloud.name,
+                cloud.coord,
+                colorings,
+                cloud.normal,
+                cloud.segment,
+                cloud.owner,
+                origin=origin,
             )
         )
     write_page(
@@ -180,5 +195,7 @@ def _page(path: Path, result: Result, shown: Sequence[_Shown]) -> None:
             f"{c.rows.shape[1]}"
             for c in shown
         ),
+        classes=None if result.head is None else result.head.classes,
+        keys={CLASSES: _key(result, shown)},
         similarity=cosine_codes([cloud.rows for cloud in shown]),
     )

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from point_jax.visual.classes import KeyEntry
 from point_jax.visual.codes import CosineCodes, cosine_codes
 from point_jax.visual.page import PageCloud, PageMatch, write_page
 from point_jax.visual.similarity import RAMP, cosine_similarity, heat, heat_scale
@@ -248,6 +249,7 @@ def write_plate(folder: Path, normals: bool) -> Path:
                    origin=(500_000.0, 0.0, 0.0))],
         title="A plate",
         classes=["left", "right"],
+        keys={"own": [KeyEntry("left half", RED, 0.5), KeyEntry("right half", GREEN, 0.5)]},
         similarity=cosine_codes([features_of(coord)]),
     )  # fmt: skip
 
@@ -267,6 +269,15 @@ class TestInBrowser:
             x, y = shown.where(number)
             assert mask[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].mean() > 0.7
         assert np.allclose(middle(like(image, BLUE)), shown.where(1602), atol=6)
+
+    def test_the_key_says_what_the_shown_colors_mean(self, open_page, plate_page):
+        shown = open_page(plate_page)
+        key = shown.page.locator("#key")
+        assert key.locator("li").all_inner_texts() == ["left half\n50 %", "right half\n50 %"]
+        patch = key.locator("i").first
+        assert patch.evaluate("e => getComputedStyle(e).backgroundColor") == f"rgb{RED}"
+        shown.page.locator('input[value="grey"]').click()
+        assert not key.is_visible()
 
     def test_turns_by_dragging(self, open_page, plate_page):
         shown = open_page(plate_page)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from point_jax.visual import axes, pca, pictures, render
 from point_jax.visual.camera import MARGIN, look
+from point_jax.visual.classes import KeyEntry, class_colors, class_key, share_text
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -260,6 +261,14 @@ class TestRoomViews:
             render.top_view(np.full((4, 3), np.nan))
 
 
+def test_the_key_has_the_classes_that_occur_the_most_frequent_first():
+    colors = class_colors(4)
+    key = class_key([np.array([2, 2, 0]), np.array([2] * 397)], ["a", "b", "c", "d"], colors)
+    assert [(entry.name, entry.share) for entry in key] == [("c", 399 / 400), ("a", 1 / 400)]
+    assert key[0].color == tuple(colors[2])
+    assert [share_text(entry.share) for entry in key] == ["100 %", "<1 %"]
+
+
 class TestRows:
     def test_side_by_side_has_one_picture_per_panel_in_its_color(self):
         coord, color, normal = box_room(step=0.1)
@@ -273,6 +282,19 @@ class TestRows:
         assert reddish[:, 96 + 2 * pictures.GAP :].mean() > 0.1
         with pytest.raises(ValueError, match="at least one"):
             pictures.side_by_side([])
+
+    def test_a_key_names_the_colours_below_its_panel_in_as_many_lines_as_it_needs(self):
+        coord, color, _ = box_room(step=0.2)
+        key = [KeyEntry(name, RED, 0.25) for name in ("wall", "floor", "ceiling", "table")]
+        plain, few, many = (
+            pictures.side_by_side([pictures.Panel("", coord, color, None, k)], size=(96, 72))
+            for k in ((), key[:1], key)
+        )
+        assert plain.height < few.height < many.height
+        below = np.asarray(many)[plain.height - pictures.GAP // 2 :]
+        patches = (below == RED).all(axis=2)
+        assert patches.sum() == 4 * 12 * 12
+        assert few.tobytes().startswith(plain.tobytes()[: -3 * plain.width * pictures.GAP])
 
     def test_captions_are_drawn(self):
         coord, color, _ = box_room(step=0.2)

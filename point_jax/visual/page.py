@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from point_jax.visual.classes import KeyEntry, share_text
 from point_jax.visual.codes import CosineCodes
 from point_jax.visual.layout import places_in_rows, thin
 from point_jax.visual.pack import Blob, nearest_shown, pack_color, pack_coord
@@ -91,6 +92,7 @@ def write_page(
     mode: str = "pca",
     coloring: str = "",
     classes: Sequence[str] | None = None,
+    keys: Mapping[str, Sequence[KeyEntry]] | None = None,
     similarity: CosineCodes | None = None,
     match: PageMatch | None = None,
     picked: tuple[int, int] | None = None,
@@ -109,6 +111,7 @@ def write_page(
             `match`; anything else just shows the clouds.
         coloring: name of the one to show first; by default the first of the first cloud.
         classes: names of the labels.
+        keys: colouring -> what its colours mean, listed while it is shown.
         similarity: codes of the clouds' features. With them the page can colour by the similarity
             to a picked point.
         match: matches between the two clouds.
@@ -161,6 +164,10 @@ def write_page(
         "note": note,
         "mode": mode,
         "classes": None if classes is None else list(classes),
+        "keys": {
+            name: [[entry.name, entry.color, share_text(entry.share)] for entry in key]
+            for name, key in (keys or {}).items()
+        },
         "clouds": heads,
         "colorings": names,
         "coloring": coloring or names[0],

@@ -13,21 +13,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from point_jax.visual import render
 from point_jax.visual.axes import FAINT, GRID, INK, PAGE, PALETTE, axis_limits, polyline, ticks
+from point_jax.visual.classes import KeyEntry, share_text
 from point_jax.visual.pca import fit_pca_colors
 
 GAP = 12
+KEY_LINE, KEY_FONT = 20, ImageFont.load_default(13)
 
 
 class Panel(NamedTuple):
     """One picture of a row: a title, points (n, 3) in metres, colours (n, 3), normals or None.
 
     Colours are uint8 in 0-255 or float in [0, 1]. Normals (n, 3) hide surfaces seen from behind.
+    A key below the picture says what the colours mean.
     """
 
     title: str
     coord: ArrayLike
     color: ArrayLike
     normal: ArrayLike | None = None
+    key: Sequence[KeyEntry] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def side_by_side(
     view = render.top_view if top else render.corner_view
     head = (30 if label else 0) + 28
     width = len(panels) * (size[0] + GAP) + GAP
-    page = Image.new("RGB", (width, head + size[1] + GAP), PAGE)
+    keys = [_place_key(p.key, size[0]) if isinstance(p, Panel) else [] for p in panels]
+    lines = max((1 + entry.line for key in keys for entry in key), default=0)
+    page = Image.new("RGB", (width, head + size[1] + GAP + lines * KEY_LINE), PAGE)
     draw = ImageDraw.Draw(page)
     draw.text((GAP, 18), label, INK, ImageFont.load_default(19), anchor="lm")
     rasters: dict[tuple[int, int], render.Raster] = {}
@@ -85,7 +91,31 @@ def side_by_side(
         left = GAP + column * (size[0] + GAP)
         draw.text((left, head - 14), panel.title, FAINT, ImageFont.load_default(16), anchor="lm")
         page.paste(render.paint(rasters[same], panel.color), (left, head))
+        for entry in keys[column]:
+            x, y = left + entry.x, head + size[1] + GAP // 2 + entry.line * KEY_LINE
+            draw.rectangle((x, y + 4, x + 11, y + 15), entry.color)
+            draw.text((x + 17, y + 10), entry.text, INK, KEY_FONT, anchor="lm")
     return page
+
+
+class _Placed(NamedTuple):
+    text: str
+    color: tuple[int, int, int]
+    x: float
+    line: int
+
+
+def _place_key(key: Sequence[KeyEntry], width: int) -> list[_Placed]:
+    """Entries one after the other, in as many lines as they need."""
+    placed, x, line = [], 0.0, 0
+    for entry in key:
+        text = f"{entry.name} {share_text(entry.share)}"
+        wide = 17 + KEY_FONT.getlength(text)
+        if x and x + wide > width:
+            x, line = 0.0, line + 1
+        placed.append(_Placed(text, entry.color, x, line))
+        x += wide + 16
+    return placed
 
 
 def stack(rows: Sequence[Image.Image]) -> Image.Image:

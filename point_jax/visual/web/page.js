@@ -189,6 +189,14 @@ function buildControls(head, state, { setColoring }) {
 function showLegend(head, state) {
   $("legend").hidden = !state.heat;
   $("hint").hidden = Boolean(state.pick);
+  const key = head.keys[state.coloring] || [];
+  $("key").hidden = !key.length;
+  $("key").replaceChildren(...key.map(([name, color, share]) => {
+    const item = make("li", ""), patch = make("i", "");
+    patch.style.background = `rgb(${color})`;
+    item.append(patch, make("span", name), make("small", share));
+    return item;
+  }));
   if (!state.heat) return;
   const context = $("ramp").getContext("2d"), row = context.createImageData(240, 1);
   for (let i = 0; i < 240; i++) {
