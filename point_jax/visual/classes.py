@@ -34,10 +34,13 @@ def class_key(
         names: of the classes.
         colors: (classes, 3) uint8.
     """
-    counts = sum(np.bincount(segment, minlength=len(names)) for segment in segments)
-    order = sorted(np.flatnonzero(counts), key=lambda i: (-counts[i], i))
-    total = np.sum(counts)
-    return [KeyEntry(names[i], tuple(colors[i].tolist()), float(counts[i] / total)) for i in order]
+    counts = np.bincount(np.concatenate(segments), minlength=len(names))
+    order = np.argsort(-counts, kind="stable").tolist()
+    return [
+        KeyEntry(names[i], tuple(colors[i].tolist()), float(counts[i] / counts.sum()))
+        for i in order
+        if counts[i]
+    ]
 
 
 def share_text(share: float) -> str:
