@@ -142,6 +142,11 @@ def make_step(objective: Sonata | Concerto, config: config_lib.Config, devices: 
     return programs.keep(step, objective, *settings, dict(devices.shape))
 
 
+def _on_this_process(params: Any) -> Any:
+    """Whole parameters as one device has them: what one process runs alone must be its own."""
+    return jax.tree.map(lambda x: x.addressable_data(0), params)
+
+
 class Probe:
     """Measures how well the teacher's features separate classes, every so many steps."""
 
@@ -154,9 +159,10 @@ class Probe:
         """The probes' scores."""
         if self._probe is None:
             return {}
-        params = jax.tree.map(lambda x: x.addressable_data(0), teacher["backbone"])
-        if self._encoder is None:
-            self._encoder = Encoder(self._network, params, self._grid_size)
+        params = _on_this_process(teacher["backbone"])
+        if self._encoder is None:  # it keeps no weights: they would outlive the step
+            encoder = Encoder(self._network, params, self._grid_size)
+            self._encoder = encoder.with_params({})
         try:
             return self._probe.measure(self._encoder.with_params(params))
         except (FloatingPointError, ValueError) as error:  # a probe must not end a pretraining
@@ -181,7 +187,7 @@ class Pictures:
         encoder = Encoder(spec.network, untrained["backbone"], spec.views.grid_size)
         columns = {
             "untrained teacher, PCA": encoder,
-            "trained teacher, PCA": encoder.with_params(trained["backbone"]),
+            "trained teacher, PCA": encoder.with_params(_on_this_process(trained["backbone"])),
         }
         maps = {name: encode(self._scenes) for name, encode in columns.items()}
         rows = []

@@ -13,7 +13,9 @@ from point_jax.ops.correspondence import (
     pool_places,
     shifted_cosine,
     sightings,
+    sum_by_doubling,
 )
+from point_jax.ops.pool import cluster_sum
 
 HEIGHT, WIDTH, IMAGES, POINTS = 3, 4, 2, 40
 
@@ -63,6 +65,17 @@ def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_grad
         place = patch[point, image]
         want[point] += slope[image, place] / count[image, place]
     np.testing.assert_allclose(grad, want, atol=1e-5)
+
+
+def test_clusters_of_any_size_are_summed_by_doubling():
+    """As accelerators do it: also empty ones, and whatever lies behind the last."""
+    first = np.array([0, 0, 1, 38, 38, 45, 110, 110])
+    x = np.random.default_rng(3).normal(size=(130, 4)).astype(np.float32)
+    x[110:] = np.nan
+    found = jax.jit(sum_by_doubling)(x, first)
+    np.testing.assert_allclose(found, cluster_sum(jnp.asarray(x), jnp.asarray(first)), atol=1e-5)
+    whole = sum_by_doubling(jnp.asarray(x[:110]), jnp.array([0, 110]))
+    np.testing.assert_allclose(whole[0], x[:110].astype(np.float64).sum(0), atol=1e-5)
 
 
 def test_points_that_no_image_sees_reach_nothing():

@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import get_config, small_batch
 
 from launch import command, train
 from point_jax.data.scenes import Scene, write_dataset_json, write_scene
+from point_jax.training import mesh
 from point_jax.training.metrics import finished, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,3 +293,34 @@ def test_a_run_measures_its_features_on_labelled_scenes(tmp_path, capsys):
     capsys.readouterr()
     assert run(tmp_path / "bad", *short, "--config.probe.every=2") == 1
     assert "config.probe.train_sources is empty" in capsys.readouterr().err
+
+
+@pytest.mark.devices(2)
+def test_what_one_process_runs_alone_runs_on_one_device_of_its_own(monkeypatch, tmp_path):
+    """Pictures and probes get weights that lie on all devices of a job."""
+    everywhere = mesh.replicated(mesh.data_mesh(1))
+    weights = {"backbone": jax.device_put(jnp.ones(3), everywhere)}
+    seen = []
+
+    class Recorder:
+        def __init__(self, network, params, grid_size):
+            self.with_params(params)
+
+        def with_params(self, params):
+            seen.extend(leaf.sharding.device_set for leaf in jax.tree.leaves(params))
+            return self
+
+        def __call__(self, scenes):
+            raise FloatingPointError
+
+    monkeypatch.setattr(train, "Encoder", Recorder)
+    monkeypatch.setattr(train, "curves", lambda *arguments: None)
+    monkeypatch.setattr(
+        train, "load_probe", lambda section: SimpleNamespace(measure=lambda encoder: {"score": 1.0})
+    )
+    spec: Any = SimpleNamespace(network=None, views=SimpleNamespace(grid_size=0.02))
+    scene: Any = object()
+    assert train.Probe(spec, None)(1, weights) == {"score": 1.0}
+    with pytest.raises(FloatingPointError):
+        train.Pictures(spec, [scene], [])({"backbone": jnp.ones(3)}, weights, tmp_path)
+    assert len(seen) >= 4 and all(len(devices) == 1 for devices in seen)

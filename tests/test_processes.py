@@ -73,6 +73,7 @@ def test_what_is_told_wins(start):
     told = Job("here:1", 2, 0)
     assert start({}, told) == start(TOLD | SLURM, told) == ("here:1", 2, 0)
     assert start(SLURM, Job(processes=1)) is None
+    assert start(TOLD, Job(process=3)) == ("first:1234", 8, 3)  # the rest is in the environment
 
 
 def test_a_pod_that_cannot_ask_its_cluster_says_so(start, capsys):

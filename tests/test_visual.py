@@ -294,6 +294,11 @@ class TestRows:
         below = np.asarray(many)[plain.height - pictures.GAP // 2 :]
         patches = (below == RED).all(axis=2)
         assert patches.sum() == 4 * 12 * 12
+        long = [KeyEntry("w" * 200, RED, 0.25)]  # is cut, and its share is there
+        panel = pictures.Panel("", coord, color, None, long)
+        cut = np.asarray(pictures.side_by_side([panel], size=(96, 72)))
+        assert cut.shape == np.asarray(few).shape
+        assert (cut[plain.height :, -pictures.GAP :] == cut[-1, -1]).all()
         assert few.tobytes().startswith(plain.tobytes()[: -3 * plain.width * pictures.GAP])
 
     def test_captions_are_drawn(self):

@@ -13,7 +13,9 @@ Sources, read in 2026:
        closes to a ring at 16 chips on v5e and v6e, and in whole cubes of 4 on v4, v5p and TPU7x).
   H100 NVIDIA's data sheet of the H100 SXM: dense rates (it prints those with sparsity, twice as
        high), 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways together; between hosts one ConnectX-7
-       of 400 Gbit/s a GPU, as in NVIDIA's DGX H100.
+       of 400 Gbit/s a GPU, as in NVIDIA's DGX H100. Memory: what nvidia-smi says of one, times
+       the share that JAX takes with XLA_CLIENT_MEM_FRACTION=0.92, as launch/scripts set it (0.75
+       where nothing is set).
 
 `start` and `turn` of the H100 are measured: the profile of a base step on an H200 (JAX 0.11.2, CUDA
 graphs on) has 30,233 kernels shorter than 3 us, the median 2.0 us from one to the next, and 3,388
@@ -85,7 +87,7 @@ CHIPS = {
         half_flops=989.4 * TERA,
         single_flops=494.7 * TERA,
         exact_flops=66.9 * TERA,
-        memory=80 * GIB,
+        memory=0.92 * 81_559 * MIB,
         bandwidth=3352 * GIGA,
         links=450 * GIGA,
         network=50 * GIGA,

@@ -80,9 +80,11 @@ def sightings(patch: jax.Array, patches: int) -> Sightings:
 
 @jax.custom_vjp
 def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
-    """Sum of the features of the points that each patch sees, in the points' order.
+    """Sum of the features of the points that each patch sees.
 
     Without a scatter either way: GPUs would add up in an order that changes from run to run.
+    Accelerators add in pairs, pairs of pairs and so on: a patch may see a hundred points, which are
+    as many turns of a loop for CPUs.
 
     Args:
       x: (N, C) float32.
@@ -94,9 +96,26 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
 
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         order, first = image
-        return cluster_sum(take_rows(x, order), first)
+        return jax.lax.platform_dependent(
+            take_rows(x, order), first, cpu=cluster_sum, default=sum_by_doubling
+        )
 
     return jax.lax.map(of_image, (seen.order, seen.first))
+
+
+def sum_by_doubling(x: jax.Array, first: jax.Array) -> jax.Array:
+    """As `ops.pool.cluster_sum`, for clusters of any size: log2 N passes over the rows."""
+    rows = jnp.arange(len(x), dtype=jnp.int32)
+    starts = jnp.zeros(len(x), bool).at[first].set(True, mode="drop")
+    begin = jax.lax.cummax(jnp.where(starts, rows, 0))
+    step = 1
+    while step < len(x):
+        # Of each row the sum of the `step` rows up to it, in its cluster; then of twice as many.
+        before = jnp.pad(x, ((step, 0), (0, 0)))[: len(x)]
+        x = x + jnp.where((rows - step >= begin)[:, None], before, 0)
+        step *= 2
+    some = first[1:] > first[:-1]
+    return jnp.where(some[:, None], x[jnp.maximum(first[1:] - 1, 0)], 0)
 
 
 def _patch_sums_fwd(x, seen):

@@ -62,20 +62,21 @@ def start_processes(job: Job = Job(), env: Mapping[str, str] = os.environ) -> No
 
 
 def _told(job: Job, env: Mapping[str, str]) -> Job:
-    """What command line and environment say, whole or nothing; the command line comes first."""
+    """What command line and environment say together; the command line comes first."""
     names = {
         "coordinator": "JAX_COORDINATOR_ADDRESS",
         "processes": "JAX_NUM_PROCESSES",
         "process": "JAX_PROCESS_ID",
     }
     given = vars(job)
+    env_says = {key: env.get(name) for key, name in names.items()}
     if all(value is None for value in given.values()):
         # Launchers set the address beside what JAX finds: then it is only where to look.
         if names["processes"] not in env and _found(env):
             return job
-        given = {key: env.get(name) for key, name in names.items()}
-        if given["coordinator"] is None:
+        if env_says["coordinator"] is None:
             return job
+    given = {key: env_says[key] if value is None else value for key, value in given.items()}
     said = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
     if given["processes"] in (1, "1"):
         return Job(processes=1)

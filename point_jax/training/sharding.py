@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from point_jax.training.config import Config, ConfigError
-from point_jax.training.mesh import FSDP
+from point_jax.training.mesh import DATA, FSDP
 
 Tree = Any  # nested dicts of arrays
 WHOLE = -1
@@ -147,11 +147,17 @@ def reduce(grads: Tree, cut: Tree, sums: Tree, axes: Sequence[str]) -> tuple[Tre
 
 
 def total(scalars: Tree, cut: Tree) -> jax.Array:
-    """The sum of one number a leaf, each computed of a slice: whole leaves count once."""
+    """The sum of one number a leaf, each computed of a slice: whole leaves count once.
+
+    The slices' part is summed over all devices at once, so that it has the same bits on all: copies
+    of the state that clip by norms that differ in the last bit would drift apart.
+    """
     pairs = list(zip(jax.tree.leaves(scalars), jax.tree.leaves(cut), strict=True))
     whole = sum((x for x, i in pairs if i == WHOLE), jnp.zeros(()))
     parts = [x for x, i in pairs if i != WHOLE]
-    return whole + jax.lax.psum(sum(parts), FSDP) if parts else whole
+    if not parts:
+        return whole
+    return whole + jax.lax.psum(sum(parts), (DATA, FSDP)) / jax.lax.axis_size(DATA)
 
 
 # ---- Paths and errors.

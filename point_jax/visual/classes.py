@@ -44,5 +44,5 @@ def class_key(
 
 
 def share_text(share: float) -> str:
-    """A share in whole percent; "<1 %" for less than half of one."""
-    return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
+    """A share in whole percent; "<1 %" for less than one."""
+    return f"{100 * share:.0f} %" if share >= 0.01 else "<1 %"

@@ -109,7 +109,10 @@ def _place_key(key: Sequence[KeyEntry], width: int) -> list[_Placed]:
     """Entries one after the other, in as many lines as they need."""
     placed, x, line = [], 0.0, 0
     for entry in key:
-        text = f"{entry.name} {share_text(entry.share)}"
+        name, share = entry.name, share_text(entry.share)
+        while name and 17 + KEY_FONT.getlength(f"{name} {share}") > width:
+            name = name.rstrip("…")[:-1] + "…" if len(name) > 2 else ""
+        text = f"{name} {share}"
         wide = 17 + KEY_FONT.getlength(text)
         if x and x + wide > width:
             x, line = 0.0, line + 1
