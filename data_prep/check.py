@@ -13,8 +13,23 @@ import numpy as np
 from rich.progress import Progress
 
 from data_prep.progress import counted
+from point_jax.data.images import Images, Size
 from point_jax.data.packed import PackedDataset, is_packed
 from point_jax.data.scenes import Dataset, SceneError
+
+ANY_SIZE = Size(64, 64)  # that images are brought to, to see whether they can be read
+
+
+def check_images(images: Images | None) -> int:
+    """Reads all images of a scene; returns how many there are.
+
+    Raises:
+        SceneError: one that is damaged, or not what is said of it.
+    """
+    for image in range(len(images) if images else 0):
+        assert images is not None
+        images.sight(image, ANY_SIZE).read()
+    return len(images) if images else 0
 
 
 def check(dataset: Dataset | PackedDataset, progress: Progress) -> tuple[str, list[str]]:
@@ -28,6 +43,7 @@ def check(dataset: Dataset | PackedDataset, progress: Progress) -> tuple[str, li
     for index in counted(progress, range(len(dataset)), "reading scenes"):
         try:
             scene = dataset.load(index)
+            images = check_images(dataset.images(index, scene))
         except SceneError as error:
             errors.append(str(error))
             continue
@@ -35,6 +51,7 @@ def check(dataset: Dataset | PackedDataset, progress: Progress) -> tuple[str, li
         extents.append(np.ptp(scene.coord, axis=0))
         for name in ("color", "normal", "segment", "instance"):
             has[name] += getattr(scene, name) is not None
+        has["images"] += images > 0
     if not points:
         return "no scene can be used", errors
     low, middle, high = np.percentile(points, (0, 50, 100)).astype(int)

@@ -20,11 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  compiled, no stubs
 )
 from rich.progress import Progress
 
+from data_prep.check import check_images
 from data_prep.progress import counted
 from point_jax.data.checks import SceneError, read_array
 from point_jax.data.frames import read_frames
@@ -123,6 +125,10 @@ def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]
             dtypes = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
             raise SceneError(f"{folder}: cannot be packed ({error}): {dtypes}") from error
         records = []
+        try:
+            check_images(dataset.images(index, scene))
+        except SceneError as error:
+            raise SceneError(f"{error}; data_prep.check lists all such scenes") from error
         for file, content in read_images(dataset.root, folder, len(scene.coord)):
             images = images or Writer(output / f"{name}-images.arrayrecord")
             if not file or file not in known:
@@ -138,15 +144,37 @@ def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]
 
 
 def plan_of(dataset: dict[str, Dataset], shard_size: int) -> dict[str, Any]:
-    """What a packing packs, to tell whether one that was stopped is the same."""
+    """What a packing packs, to tell whether one that was stopped is the same.
+
+    Raises:
+        SceneError: a file that cannot be looked at, or a damaged frames.npz.
+    """
     total = hashlib.sha256()
     for split, scenes in dataset.items():
         for folder in scenes.folders:
-            files = [*scene_files(folder), *folder.glob("frames.npz")]
-            stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            files = [*scene_files(folder), *image_files(scenes.root, folder)]
+            try:
+                stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            except OSError as error:
+                raise SceneError(f"{error.filename}: cannot be read: {error.strerror}") from error
             total.update(json.dumps([split, folder.name, stats]).encode())
-    scenes = {split: len(scenes) for split, scenes in dataset.items()}
-    return {"shard_size": shard_size, "scenes": scenes, "files": total.hexdigest()}
+    counts = {split: len(scenes) for split, scenes in dataset.items()}
+    first = next(iter(dataset.values()))
+    frame = {"units": first.units, "up": first.up, "classes": first.classes}
+    plan = {"shard_size": shard_size, "scenes": counts, "files": total.hexdigest()} | frame
+    return json.loads(json.dumps(plan))  # as it is read again
+
+
+def image_files(root: Path, folder: Path) -> list[Path]:
+    """The frames.npz of a scene and the files it names; [] without one."""
+    file = folder / "frames.npz"
+    if not file.exists():
+        return []
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return [file, *(root / str(name) for name in stored["files"])]
+    except Exception as error:  # no zip, damaged inside, an array missing: many kinds
+        raise SceneError(f"{file}: not a frames file ({error})") from error
 
 
 def begin(output: Path, plan: dict[str, Any]) -> None:
@@ -159,7 +187,7 @@ def begin(output: Path, plan: dict[str, Any]) -> None:
         raise SceneError(f"{output} is packed already: choose another --output, or remove it")
     file = output / PLAN
     if file.exists():
-        if json.loads(file.read_text()) != plan:
+        if _read_json(file) != plan:
             raise SceneError(
                 f"{output} has the beginning of another packing, or its scenes have changed: "
                 "remove it"
@@ -170,6 +198,34 @@ def begin(output: Path, plan: dict[str, Any]) -> None:
     for left in output.glob(".*.tmp-*"):
         left.unlink()
     write_json(file, plan)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SceneError(
+            f"{file}: damaged ({error}): remove {file.parent} and pack anew"
+        ) from error
+
+
+def read_shard(file: Path) -> Shard:
+    """The entry of a shard that a stopped packing has left.
+
+    Raises:
+        SceneError: it is damaged, or the shard's files are not what it says.
+    """
+    try:
+        shard = Shard(**_read_json(file))
+    except (TypeError, ValueError) as error:
+        raise SceneError(
+            f"{file}: damaged ({error}): remove {file.parent} and pack anew"
+        ) from error
+    for name, size in ((shard.file, shard.bytes), (shard.image_file, shard.image_bytes)):
+        path = file.parent / name
+        if name and (not path.is_file() or path.stat().st_size != size):
+            raise SceneError(f"{path}: missing or cut off: remove {file.parent} and pack anew")
+    return shard
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -213,7 +269,7 @@ def pack(
         done.append(output / f"{name}.json")  # the shard's entry: there when the shard is complete
         if done[-1].exists():
             kept += 1
-            shard = Shard(**json.loads(done[-1].read_text()))
+            shard = read_shard(done[-1])
         else:
             shard = write_shard(output, name, datasets[split], scenes)
             write_json(done[-1], dataclasses.asdict(shard))

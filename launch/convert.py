@@ -22,6 +22,7 @@ docs/weights.md says more. .pth files need PyTorch: pip install 'point_jax[torch
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command.Parser("launch.convert", add_help=False, allow_abbrev=False)
     parser.add_argument("--input", required=True, type=storage.place)
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))
     parser.add_argument("--to", choices=FORMATS)
     parser.add_argument("--network")
     parser.add_argument("--tree", choices=TREES)

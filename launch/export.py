@@ -22,7 +22,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command.Parser("launch.export", add_help=False, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, type=storage.place)
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))
     parser.add_argument("--buckets", default="16384,65536")
     parser.add_argument("--shares", default="")
     parser.add_argument("--platforms", default="cpu,cuda,tpu")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,7 @@ def parse(argv: Sequence[str], commands: Sequence[str]) -> Options:
     parser = command.Parser("launch.show", add_help=False, allow_abbrev=False)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--input", action="append", required=True, type=Path)
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))
     parser.add_argument("--checkpoint", type=storage.place)
     parser.add_argument("--up_cast", type=int, default=UP_CAST)
     parser.add_argument("--units", choices=tuple(UNITS), default="")

@@ -21,12 +21,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from launch import command
+from point_jax import storage
 from point_jax.evaluation.candidates import RANDOM, RAW
 from point_jax.evaluation.folds import six_fold
 from point_jax.evaluation.report import HEADLINE, dumps
@@ -51,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = command.Parser("launch.tabulate", add_help=False, allow_abbrev=False)
     parser.add_argument("paths", nargs="+", type=Path)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=partial(storage.local, what="--output"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--curve", type=Path)
     parser.add_argument("--six_fold", action="store_true")

@@ -51,7 +51,7 @@ def local(path: str | Path, what: str) -> Path:
     Raises:
         StorageError: it is in an object store.
     """
-    if "://" in str(path):
+    if "://" in str(path) or str(path).startswith("gs:/"):
         raise StorageError(f"{what}={path}: expected a folder on this machine")
     return Path(path)
 

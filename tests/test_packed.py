@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import queue
+import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,9 +18,10 @@ from PIL import Image
 from test_pipeline import assert_equal, config, take, tiny_scene
 
 from data_prep import check, pack
+from point_jax.data import pipeline
 from point_jax.data.checks import SceneError
 from point_jax.data.frames import Frames, write_frames
-from point_jax.data.images import Size
+from point_jax.data.images import FrameImages, Size
 from point_jax.data.packed import (
     FORMAT,
     INDEX,
@@ -165,6 +170,19 @@ def test_a_packing_that_was_stopped_is_not_there_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             run(monkeypatch, capsys, pack, *flags, "--shard_size=2")
     assert list(output.glob(".*.tmp-*"))
+    entry = output / "a-00000.json"
+    whole = entry.read_text()
+    for damage in ("{", json.dumps(json.loads(whole) | {"bytes": 3})):
+        entry.write_text(damage)
+        code, text = run(monkeypatch, capsys, pack, *flags, "--shard_size=2")
+        assert code == 1 and "pack anew" in text and "Traceback" not in text
+    entry.write_text(whole)
+    image = root / "images" / "shared.png"
+    changed = image.stat()
+    os.utime(image, ns=(changed.st_atime_ns, changed.st_mtime_ns + 1))
+    code, text = run(monkeypatch, capsys, pack, *flags, "--shard_size=2")
+    assert code == 1 and "its scenes have changed" in text
+    os.utime(image, ns=(changed.st_atime_ns, changed.st_mtime_ns))
     with pytest.raises(SceneError, match="packed.json: missing.* the same command goes on"):
         PackedDataset(output, SPLITS)
     code, text = run(monkeypatch, capsys, pack, *flags, "--shard_size=3")
@@ -191,6 +209,69 @@ def test_a_damaged_record_is_told_and_the_others_are_read(root, packed):
     with pytest.raises(SceneError, match=rf"{file.name}: record 0 \(scene {entry['scenes'][0]}\)"):
         scenes.load(0)
     same_scene(scenes.load(1), Dataset(root, SPLITS).load(1))
+
+
+def test_images_are_checked_when_they_are_packed_and_afterwards(
+    root, packed, tmp_path, monkeypatch, capsys
+):
+    file = packed / "b-00001-images.arrayrecord"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 50] ^= 1
+    file.write_bytes(content)
+    code, text = run(monkeypatch, capsys, check, str(packed), "--splits", *SPLITS)
+    assert code == 1 and "7 of 8 scenes can be used" in text and f"{file.name}: record" in text
+    folder = tmp_path / "folders"
+    shutil.copytree(root, folder)
+    image = folder / "images" / "shared.png"
+    image.write_bytes(image.read_bytes()[:-60])
+    output = f"--output={tmp_path / 'out'}"
+    code, text = run(monkeypatch, capsys, pack, f"--input={folder}", output, "--splits=b")
+    assert code == 1 and "shared.png" in text and "data_prep.check" in text
+
+
+def test_a_scene_is_being_read_until_its_images_are(packed, monkeypatch):
+    """A disk that hangs on an image is one that hangs on a scene, by name."""
+    data = config(packed, scene_points=64, threads=1)
+    data.sources = (dict(kind="packed", root=str(packed), splits=("b",)),)
+    data.images.update(count=2, height=6, width=8)
+    told = queue.SimpleQueue()
+
+    def patient(batches, limit, reading):
+        told.put(reading)
+        return batches
+
+    def hangs(self, image, size):
+        raise SceneError(told.get(timeout=60)())
+
+    monkeypatch.setattr(pipeline, "Patient", patient)
+    monkeypatch.setattr(FrameImages, "sight", hangs)
+    batches = make_batches(data, 0, 3)
+    with pytest.raises(SceneError, match=r"being read: .*\.arrayrecord"):
+        next(batches)
+    batches.close()
+
+
+def test_files_that_may_not_be_open_are_no_damage(packed, monkeypatch):
+    """A run must not pass over good scenes because of them."""
+
+    class Full:
+        def __getitem__(self, record):
+            raise RuntimeError("open() failed: Too many open files; opening shard")
+
+    scenes = PackedDataset(packed, SPLITS)
+    scenes._scenes = Full()
+    with pytest.raises(OSError, match="ulimit -n"):
+        scenes.load(0)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (100, 200))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: None)
+    with pytest.raises(SceneError, match=r"7 shards, and a process may have 200 files open"):
+        PackedDataset(packed, SPLITS)
+
+
+@pytest.mark.parametrize("root", ["gs:/bucket/x", "s3://bucket/x"])
+def test_a_store_that_cannot_be_used_is_told(root):
+    with pytest.raises(SceneError, match="gs://"):
+        PackedDataset(root)
 
 
 @pytest.mark.parametrize(

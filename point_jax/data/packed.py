@@ -12,6 +12,7 @@ place of 20.1, and 3 ms of a core to read either way; byte planes of differences
 """
 
 import bisect
+import errno
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from point_jax import limits
+from point_jax import limits, storage
 from point_jax.data.checks import UNITS, SceneError, read_stated
 from point_jax.data.frames import parse_frames
 from point_jax.data.images import FrameImages, Images
@@ -95,13 +96,38 @@ def encode_arrays(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def decode_arrays(record: bytes) -> dict[str, np.ndarray]:
-    """Inverse of `encode_arrays`: arrays with memory of their own."""
-    return {name: np.array(a) for name, a in safetensors.numpy.load(record).items()}
+    """Inverse of `encode_arrays`: arrays with memory of their own.
+
+    Raises:
+        ValueError: arrays of anything but numbers; others of safetensors for what is no record.
+    """
+    arrays = {name: np.array(a) for name, a in safetensors.numpy.load(record).items()}
+    if strange := [f"{n} {a.dtype}" for n, a in arrays.items() if a.dtype.kind not in "fiub"]:
+        raise ValueError(f"{', '.join(strange)}: expected numbers")
+    return arrays
 
 
 def is_packed(root: str | Path) -> bool:
-    """Whether a folder has packed scenes."""
-    return (epath.Path(root) / INDEX).exists()
+    """Whether a folder has packed scenes.
+
+    Raises:
+        SceneError: the folder is in an object store that cannot be read.
+    """
+    return _is_there(_folder(root) / INDEX)
+
+
+def _folder(root: str | Path) -> epath.Path:
+    try:
+        return epath.Path(str(storage.place(root)))
+    except storage.StorageError as error:
+        raise SceneError(str(error)) from error
+
+
+def _is_there(file: epath.Path) -> bool:
+    try:
+        return file.exists()
+    except Exception as error:  # what the stores' libraries raise
+        raise SceneError(f"{file}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 class PackedDataset:
@@ -127,9 +153,10 @@ class PackedDataset:
             segment: stem of the label file, as "segment20"; None takes segment where there is one.
 
         Raises:
-            SceneError: no index, a split that it does not have, shards missing or of another size.
+            SceneError: no index, a split that it does not have, shards missing or of another size,
+                or more of them than may be open at a time.
         """
-        self._root = epath.Path(root)
+        self._root = _folder(root)
         index = _read_index(self._root / INDEX)
         self.units, self.up, self.segment = index["units"], index["up"], segment
         self.classes: tuple[str, ...] | None = index["classes"] and tuple(index["classes"])
@@ -155,6 +182,7 @@ class PackedDataset:
             if shard.image_file:
                 self._check(shard.image_file, shard.image_bytes)
                 images.append(self._records(shard.image_file, shard.image_records))
+        _allow_open(len(files) + len(images), str(self._root))
         self._scenes = grain.sources.ArrayRecordDataSource(files)
         self._images = grain.sources.ArrayRecordDataSource(images) if images else None
 
@@ -232,17 +260,43 @@ class PackedDataset:
         return shard, index - (self._ends[number] - len(shard.scenes))
 
 
+SPARE = 256  # files that a process has open beside its shards
+
+
+def _allow_open(files: int, root: str) -> None:
+    """Raises this process's limit of open files: a shard stays open once it has been read from.
+
+    Raises:
+        SceneError: the system allows fewer.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = hard if hard != resource.RLIM_INFINITY else max(soft, files + SPARE, 65_536)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if files + SPARE > most:
+        raise SceneError(
+            f"{root}: {files} shards, and a process may have {most} files open (ulimit -Hn): raise "
+            "that, or pack with a larger --shard_size"
+        )
+
+
 def _read(source: Any, record: int, what: str) -> bytes:
     try:
         return source[record]
     except Exception as error:  # RuntimeError of a hash that differs, others of a file cut off
+        if "Too many open files" in str(error):  # no damage, which a run may pass over
+            raise OSError(errno.EMFILE, "too many open files, see ulimit -n", what) from error
         raise SceneError(
             f"{what}: damaged or not there ({error}); copy the shard again, or pack again"
         ) from error
 
 
 def _read_index(file: Any) -> dict[str, Any]:
-    if not file.exists():
+    if not _is_there(file):
         raise SceneError(
             f"{file}: missing; expected what data_prep.pack wrote, and if it was stopped, the same "
             "command goes on"

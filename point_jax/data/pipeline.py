@@ -212,10 +212,9 @@ def make_batches(
 
     @functools.lru_cache(maxsize=data.cache)
     def load(scene: int) -> tuple[Scene, Images | None]:
-        with reading(name_indexed(sources, scene)):
-            loaded = load_indexed(sources, scene)
-            images = images_indexed(sources, scene, loaded) if data.images.count else None
-            return change(loaded), images
+        loaded = load_indexed(sources, scene)
+        images = images_indexed(sources, scene, loaded) if data.images.count else None
+        return change(loaded), images
 
     skipped = set[int]()  # scenes named before: each comes again every epoch
 
@@ -224,7 +223,8 @@ def make_batches(
         position = (start_batch + batch) * global_batch + process_index * local + place
         index = cast(int, stream[position])
         try:
-            return fill(index, position, *load(index))
+            with reading(name_indexed(sources, index)):  # images are read where they are filled in
+                return fill(index, position, *load(index))
         except SceneError as error:
             if not data.skip_bad:
                 advice = "mend it, or leave such scenes out with --config.data.skip_bad=True"

@@ -29,7 +29,7 @@ from point_jax.interop.store import count, leaves
 from point_jax.models.spec import PTv3Spec
 
 PLATFORMS = ("cpu", "cuda", "tpu", "rocm")
-ROUND = 64  # capacities are multiples of it
+ROUND = 64  # coarser levels' capacities are multiples of it, or that of level 0
 # Attention's kernel on CUDA. JAX does not promise that a later version reads this call.
 TRITON = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
 

@@ -28,6 +28,10 @@ import numpy as np
 
 FORMAT, VERSION = "point_jax exported encoder", 1
 MANIFEST, PARAMETERS = "manifest.json", "parameters.npz"
+NEEDED = (
+    *("calling_convention_version", "versions", "platforms", "parameters", "buckets", "levels"),
+    *("inputs", "positions", "grid_size", "scale", "classes"),
+)
 LARGEST = 1 << 16  # voxels along an axis
 
 
@@ -205,7 +209,7 @@ class Encoder:
         if steps.max() >= LARGEST:
             raise ValueError(
                 f"coord spans {(high - low).max():.6g} m, more than {LARGEST} voxels of {size} m: "
-                "is it in metres?"
+                "is it in metres? If so, cut it, or export with a larger --grid_size"
             )
         grid = steps.astype(np.int32)
         _, first, inverse = _unique(grid)
@@ -289,6 +293,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             f"{file}: version {manifest.get('version')}, this encoder.py reads {VERSION}: use the "
             "encoder.py beside it"
         )
+    if missing := [name for name in NEEDED if name not in manifest]:
+        raise ExportError(f"{file}: damaged, without {', '.join(missing)}; copy or export it again")
     return manifest
 
 
