@@ -42,15 +42,21 @@ class Made(NamedTuple):
     from_cache: bool
 
 
-def calibrate(dtype: str) -> float:
+def calibrate(dtype: str, size: int | None = None) -> float:
     """FLOP/s of the product of two square matrices, the best of five."""
-    speed = machine_speed(dtype)
+    speed = machine_speed(dtype, size)
     return max(speed() for _ in range(_TRIES))
 
 
-def machine_speed(dtype: str) -> Callable[[], float]:
-    """A function that multiplies two square matrices once and returns the FLOP/s."""
-    size = CALIBRATION if jax.default_backend() == "cpu" else _ON_ACCELERATORS
+def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
+    """A function that multiplies two square matrices once and returns the FLOP/s.
+
+    Args:
+      dtype: of the matrices.
+      size: their edge; None for what is long enough here.
+    """
+    if size is None:
+        size = CALIBRATION if jax.default_backend() == "cpu" else _ON_ACCELERATORS
     matrix = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
     jax.block_until_ready(product(matrix, matrix))

@@ -35,12 +35,9 @@ def class_key(
         colors: (classes, 3) uint8.
     """
     counts = np.bincount(np.concatenate(segments), minlength=len(names))
-    order = np.argsort(-counts, kind="stable").tolist()
-    return [
-        KeyEntry(names[i], tuple(colors[i].tolist()), float(counts[i] / counts.sum()))
-        for i in order
-        if counts[i]
-    ]
+    order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    shares = counts / counts.sum()
+    return [KeyEntry(names[i], tuple(colors[i].tolist()), float(shares[i])) for i in order]
 
 
 def share_text(share: float) -> str:
