@@ -310,6 +310,11 @@ def main() -> None:
         datasets = {
             split: Dataset(given.input, (split,), given.units, given.up) for split in given.splits
         }
+    except SceneError as error:
+        parser.exit(1, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"error: {given.input} cannot be read: {error}\n")
+    try:
         with Progress() as progress:
             size, kept = pack(datasets, given.output, given.shard_size, progress)
     except SceneError as error:
