@@ -29,7 +29,6 @@ from rich.progress import Progress
 from data_prep.check import check_images
 from data_prep.progress import counted
 from point_jax.data.checks import SceneError, read_array
-from point_jax.data.frames import read_frames
 from point_jax.data.packed import (
     FORMAT,
     INDEX,
@@ -51,18 +50,31 @@ def scene_files(folder: Path) -> list[Path]:
     return [f for f in files if f.stem in ARRAYS or f.stem.startswith("segment")]
 
 
-def read_images(root: Path, folder: Path, points: int) -> list[tuple[str, bytes]]:
-    """What is packed of a scene's images: frames.npz, and the files it names; [] without one.
+def image_files(root: Path, folder: Path) -> list[tuple[str, Path]]:
+    """The frames.npz of a scene, named "", and the files it names; [] without one.
 
     Raises:
-        SceneError: a damaged frames.npz, or an image that is missing.
+        SceneError: a damaged frames.npz.
     """
     file = folder / "frames.npz"
     if not file.exists():
         return []
-    names = [str(name) for name in read_frames(folder, points).files]
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            names = [str(name) for name in stored["files"]]
+    except Exception as error:  # no zip, damaged inside, an array missing: many kinds
+        raise SceneError(f"{file}: not a frames file ({error})") from error
+    return [("", file), *((name, root / name) for name in names)]
+
+
+def read_images(root: Path, folder: Path) -> list[tuple[str, bytes]]:
+    """What is packed of a scene's images, whose frames have been checked; see `image_files`.
+
+    Raises:
+        SceneError: a file that cannot be read.
+    """
     found = []
-    for name, path in [("", file), *((name, root / name) for name in names)]:
+    for name, path in image_files(root, folder):
         try:
             found.append((name, path.read_bytes()))
         except OSError as error:
@@ -115,7 +127,7 @@ def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]
     for index in scenes:
         folder = dataset.folders[index]
         try:
-            scene = dataset.load(index)
+            check_images(dataset.images(index, dataset.load(index)))
         except SceneError as error:
             raise SceneError(f"{error}; data_prep.check lists all such scenes") from error
         arrays = {file.stem: read_array(file) for file in scene_files(folder)}
@@ -125,11 +137,7 @@ def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]
             dtypes = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
             raise SceneError(f"{folder}: cannot be packed ({error}): {dtypes}") from error
         records = []
-        try:
-            check_images(dataset.images(index, scene))
-        except SceneError as error:
-            raise SceneError(f"{error}; data_prep.check lists all such scenes") from error
-        for file, content in read_images(dataset.root, folder, len(scene.coord)):
+        for file, content in read_images(dataset.root, folder):
             images = images or Writer(output / f"{name}-images.arrayrecord")
             if not file or file not in known:
                 known[file] = images.add(content)
@@ -152,7 +160,8 @@ def plan_of(dataset: dict[str, Dataset], shard_size: int) -> dict[str, Any]:
     total = hashlib.sha256()
     for split, scenes in dataset.items():
         for folder in scenes.folders:
-            files = [*scene_files(folder), *image_files(scenes.root, folder)]
+            images = [path for _, path in image_files(scenes.root, folder)]
+            files = [*scene_files(folder), *images]
             try:
                 stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
             except OSError as error:
@@ -163,18 +172,6 @@ def plan_of(dataset: dict[str, Dataset], shard_size: int) -> dict[str, Any]:
     frame = {"units": first.units, "up": first.up, "classes": first.classes}
     plan = {"shard_size": shard_size, "scenes": counts, "files": total.hexdigest()} | frame
     return json.loads(json.dumps(plan))  # as it is read again
-
-
-def image_files(root: Path, folder: Path) -> list[Path]:
-    """The frames.npz of a scene and the files it names; [] without one."""
-    file = folder / "frames.npz"
-    if not file.exists():
-        return []
-    try:
-        with np.load(file, allow_pickle=False) as stored:
-            return [file, *(root / str(name) for name in stored["files"])]
-    except Exception as error:  # no zip, damaged inside, an array missing: many kinds
-        raise SceneError(f"{file}: not a frames file ({error})") from error
 
 
 def begin(output: Path, plan: dict[str, Any]) -> None:

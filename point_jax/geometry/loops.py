@@ -1,8 +1,12 @@
 """What a program's text cannot tell: how often a loop runs, what a kernel multiplies."""
 
 import contextlib
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+
+Carry = TypeVar("Carry")
 
 
 def planned(times: int) -> contextlib.AbstractContextManager[object]:
@@ -12,6 +16,22 @@ def planned(times: int) -> contextlib.AbstractContextManager[object]:
     (`measure.cost`) reads here how often at most. It changes nothing else.
     """
     return jax.named_scope(f"planned_{times}")
+
+
+def over_blocks(
+    body: Callable[[jax.Array, Carry], Carry], init: Carry, rows: int, size: int, count: jax.Array
+) -> Carry:
+    """Folds `body(i, carry)` over the blocks of `size` of some rows while there are rows in use.
+
+    Args:
+      body: of block i, int32.
+      init: the first carry.
+      rows: all of them.
+      size: rows of a block.
+      count: () int32, rows in use, the first ones.
+    """
+    with planned(-(-rows // size)):
+        return jax.lax.fori_loop(0, -(-count // size), body, init)
 
 
 def products(operations: int) -> contextlib.AbstractContextManager[object]:

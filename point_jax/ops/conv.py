@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import planned
+from point_jax.geometry.loops import over_blocks, planned
 from point_jax.geometry.pairs import Pairs
 from point_jax.ops import conv_pairs
 from point_jax.ops.gather import take_rows
@@ -115,10 +115,7 @@ def _rows(capacity: int, row_bytes: int, block_bytes: int) -> int:
 
 def _over_blocks(body, init, capacity, size, count):
     """`body(i, carry)` for each block with rows in use; a single block needs no loop."""
-    if capacity <= size:
-        return body(0, init)
-    with planned(-(-capacity // size)):
-        return jax.lax.fori_loop(0, -(-count // size), body, init)
+    return body(0, init) if capacity <= size else over_blocks(body, init, capacity, size, count)
 
 
 def _table_block(neighbours, start, size, voxel=None):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import planned
+from point_jax.geometry.loops import over_blocks
 
 _BLOCK = 256
 # A loop on a GPU asks the host before each block whether there is one more: few and large ones.
@@ -24,8 +24,7 @@ def _over_blocks(body, init, points: int, count: jax.Array):
 
     def loop(block):
         size = min(block, points)
-        with planned(-(-points // size)):
-            return jax.lax.fori_loop(0, -(-count // size), partial(body, size), init)
+        return over_blocks(partial(body, size), init, points, size, count)
 
     return jax.lax.platform_dependent(
         cuda=partial(loop, _CUDA_BLOCK), default=partial(loop, _BLOCK)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import planned
+from point_jax.geometry.loops import over_blocks
 
 Params = Any  # a pytree of arrays
 
@@ -70,8 +70,7 @@ def _forward(apply, params, x, count):
 
         whole = jax.eval_shape(apply, params, x)
         out = jnp.zeros(whole.shape, whole.dtype)
-        with planned(-(-len(x) // size)):
-            return jax.lax.fori_loop(0, -(-count // size), block, out)
+        return over_blocks(block, out, len(x), size, count)
 
     return jax.lax.platform_dependent(cpu=in_blocks, default=lambda: apply(params, x))
 
@@ -99,8 +98,7 @@ def _bwd(apply, saved, g):
             return jax.tree.map(jnp.add, total, of_params), grad
 
         init = jax.tree.map(jnp.zeros_like, (params, x))
-        with planned(-(-len(x) // size)):
-            return jax.lax.fori_loop(0, -(-count // size), block, init)
+        return over_blocks(block, init, len(x), size, count)
 
     def at_once():
         used = (jnp.arange(len(x)) < count)[:, None]
