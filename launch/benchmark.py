@@ -11,7 +11,7 @@
   --input=FILE[,FILE]  clouds from files instead, any that launch.infer reads; an NPZ with coord,
                        color, normal and grid_coord keeps its voxels
   --config=configs/sonata.py:base, --config.any.key=VALUE   the network, and for train and views
-                       everything else
+                       everything else; the images of Concerto are made for the cloud
   --dtype=float32      or bfloat16: of the arithmetic, whatever the config says
   --batch=1            scenes of a training step, over all devices
   --warmup=1           calls before the timed ones
@@ -46,6 +46,7 @@ from typing import Any
 import jax
 
 from launch import command
+from launch.objectives import outlined
 from point_jax.data.scenes import SceneError
 from point_jax.measure import programs
 from point_jax.measure.inputs import Input, file_input, room_input
@@ -53,7 +54,7 @@ from point_jax.measure.report import calibration_text, record_text
 from point_jax.measure.room import SMALLEST
 from point_jax.measure.runs import measure
 from point_jax.measure.timing import calibrate
-from point_jax.objectives.settings import make_sonata
+from point_jax.objectives.settings import sonata_spec
 from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
 
@@ -121,6 +122,8 @@ def read_config(given: argparse.Namespace, rest: Sequence[str]) -> Config:
     config = command.config_alone("benchmark", given.config, rest)
     network: Any = config.network
     network.dtype = given.dtype
+    if "images" in config:
+        config.images.dtype = given.dtype
     return config
 
 
@@ -138,19 +141,20 @@ def inputs(given: argparse.Namespace, config: Config) -> Iterator[Input]:
 def builder(given: argparse.Namespace, config: Config) -> Callable[[Input], programs.Program]:
     """What makes the program for an input."""
     try:
-        objective = make_sonata(config)
+        if given.what == "train":
+            return partial(programs.train, outlined(config), config, given.batch)
+        spec = sonata_spec(config)
     except (ValueError, TypeError) as error:
+        if isinstance(error, command.FOR_THE_USER):
+            raise
         raise ConfigError(str(error)) from error
-    spec = objective.spec
     match given.what:
         case "forward":
             return partial(programs.forward, spec.network)
         case "geometry":
             return partial(programs.geometry, spec.network)
-        case "views":
-            return partial(programs.views, spec)
         case _:
-            return partial(programs.train, objective, config, given.batch)
+            return partial(programs.views, spec)
 
 
 def environment() -> dict[str, Any]:

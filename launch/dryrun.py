@@ -29,20 +29,13 @@ from pathlib import Path
 import jax
 
 from launch import command
-from launch.train import make_objective
+from launch.objectives import outlined
 from point_jax.measure import topology as topologies
 from point_jax.measure.dryrun import dry_run, make_step
 from point_jax.measure.dryrun_text import record_text, verdict
-from point_jax.models.image_encoder import NetworkEncoder
-from point_jax.models.vit import DINOV2, dinov2_spec
-from point_jax.objectives.concerto import Concerto
-from point_jax.objectives.settings import DTYPES, encoded_images, make_concerto
-from point_jax.objectives.sonata import Sonata
-from point_jax.training.config import Config, ConfigError
+from point_jax.training.config import ConfigError
 
 FITS, DOES_NOT_FIT = 0, 3
-NAMED = "dinov2-with-registers-"
-DEFAULT = f"{NAMED}large"
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,26 +58,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return given, rest
 
 
-def objective_of(config: Config) -> Sonata | Concerto:
-    """What is learned; an image encoder that has a published name comes without weights."""
-    images = config.get("images")
-    if images is None or config.data.images.features:
-        return make_objective(config)[0]
-    encoder = images.encoder or DEFAULT
-    if not encoder.startswith(NAMED):
-        return make_objective(config)[0]
-    size = encoder.removeprefix(NAMED)
-    if size not in DINOV2 or images.dtype not in DTYPES:
-        known = ", ".join(NAMED + size for size in DINOV2)
-        raise ValueError(
-            f"config.images.encoder={encoder!r}, dtype={images.dtype!r}: known are {known} in "
-            f"{' or '.join(DTYPES)}"
-        )
-    print(f"images: {encoder}, shapes without weights", flush=True)
-    network = NetworkEncoder(dinov2_spec(size, DTYPES[images.dtype]))
-    return make_concerto(config, encoded_images(config, network))
-
-
 def main(argv: Sequence[str]) -> int:
     """Plans what the command line says; returns the exit code."""
     given, rest = parse(argv)
@@ -93,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
     try:
         topology = topologies.parse(given.topology, given.slices)
-        step = make_step(objective_of(config), config, topology)
+        step = make_step(outlined(config), config, topology)
     except (ValueError, TypeError) as error:
         if isinstance(error, command.FOR_THE_USER):
             raise

@@ -21,23 +21,14 @@ import jax
 from jax.sharding import Mesh
 
 from launch import command
+from launch.objectives import make_objective
 from point_jax import storage
 from point_jax.data.pipeline import held_out, make_batches
 from point_jax.data.scenes import Scene
-from point_jax.data.sources import build_sources, with_features
 from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
-from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.interop.initial import initial_weights
-from point_jax.objectives.concerto import Concerto, ImageBranch
-from point_jax.objectives.settings import (
-    DTYPES,
-    NO_WEIGHTS,
-    encoded_images,
-    make_concerto,
-    make_sonata,
-    stored_images,
-)
+from point_jax.objectives.concerto import Concerto, point_losses
 from point_jax.objectives.sonata import Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training import config as config_lib
@@ -63,12 +54,13 @@ def main(argv: Sequence[str]) -> int:
     command.keep_compiled()
     mesh.start_processes(job)
     try:
-        objective, points, frozen = make_objective(config)
+        objective, frozen = make_objective(config)
     except (ValueError, TypeError) as error:
         if isinstance(error, command.FOR_THE_USER):
             raise
         raise config_lib.ConfigError(str(error)) from error
 
+    points = point_losses(objective).spec
     drawn = [*CURVES, "image_loss"] if "images" in config else CURVES
     return loop.train(
         config,
@@ -83,49 +75,6 @@ def main(argv: Sequence[str]) -> int:
         prepare_measure=lambda: Probe(points, config.probe),
         measure_every=config.probe.every,
     )
-
-
-def make_objective(config: config_lib.Config) -> tuple[Sonata | Concerto, SonataSpec, Any]:
-    """What a config says is to be learned: with a section `images` Concerto, without it Sonata.
-
-    Returns:
-        The objective, the spec of its point losses, and an image encoder's weights or None.
-
-    Raises:
-        ValueError: a value that does not fit.
-        CheckpointError: no image encoder where `config.images.encoder` says.
-        SceneError: no features of that name beside the scenes.
-    """
-    if "images" not in config:
-        sonata = make_sonata(config)
-        return sonata, sonata.spec, None
-    images, params = image_branch(config)
-    concerto = make_concerto(config, images)
-    return concerto, concerto.points.spec, params
-
-
-def image_branch(config: config_lib.Config) -> tuple[ImageBranch, Any]:
-    """The image side of Concerto, and the weights of its encoder or None; errors as above."""
-    images, features = config.images, config.data.images.features
-    if features:
-        _, spec = with_features(build_sources(config.data.sources), features)
-        return stored_images(config, spec), None
-    if not images.encoder:
-        raise ValueError(
-            "config.images.encoder is empty: give a folder that launch.convert wrote of an image "
-            f"encoder, or {NO_WEIGHTS!r} to try things out"
-        )
-    if images.dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
-    layers = tuple(images.layers) or None
-    if images.encoder == NO_WEIGHTS:
-        if layers:
-            raise ValueError(f"config.images.layers is for VGG16, not for {NO_WEIGHTS!r}")
-        return encoded_images(config, None), None
-    dtype = DTYPES[images.dtype]
-    encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
-    return encoded_images(config, encoder), params
 
 
 def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:

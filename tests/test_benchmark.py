@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import concerto
 from launch import benchmark, command
+from launch.objectives import outlined
 from point_jax.features.encoder import Encoder
 from point_jax.measure import breakdown, memory, parts, programs, runs, timing, work
+from point_jax.measure.images import image_arrays, image_work
 from point_jax.measure.inputs import room_input
 from point_jax.measure.room import furnished_room
 from point_jax.models.functional import functional
@@ -203,6 +206,45 @@ def test_training_steps_go_on_from_one_another(run, monkeypatch):
     }
 
 
+def test_the_joint_step_takes_the_images_that_are_made_for_it():
+    given, rest = benchmark.parse(
+        ["benchmark", "--config=tests/test_concerto.py", "--what=train", "--points=300"]
+    )
+    config = benchmark.read_config(given, rest)
+    (cloud,) = benchmark.inputs(given, config)
+    program = benchmark.builder(given, config)(cloud)
+    assert program.points == 300 and program.shapes.endswith("images of 2 x 3 patches)")
+    state, metrics = jax.eval_shape(program.function, *program.arguments)
+    described = jax.tree.map(lambda x: (x.shape, x.dtype), program.arguments[0])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == described
+    assert "image_loss" in metrics
+
+
+def test_images_that_are_made_see_the_cloud_around_them():
+    config = small_config(concerto)
+    config.data.images.count, config.images.up_cast = 4, 1
+    objective = outlined(config)
+    coord = np.float32([[2, 0, 0], [0, 2, 0], [-2, 0.5, 0], [0, -2, 0], [0, 0, 2], [0, 0, -2]])
+    made = image_arrays(objective, config.data, coord)
+    size = config.data.images.height, config.data.images.width
+    assert made["images"].shape == (4, *size, 3) and made["image_count"] == 4
+    middle = np.float32(size) / 2
+    seen = (made["pixels"] >= 0).all(-1)
+    np.testing.assert_array_equal(seen, [*np.eye(4, dtype=bool), [False] * 4, [False] * 4])
+    np.testing.assert_allclose(made["pixels"][0, 0], middle, rtol=1e-6)
+    # y is to the right of who looks along -x
+    np.testing.assert_allclose(made["pixels"][2, 2], middle * [1, 1 + 0.25], rtol=1e-6)
+    shapes = jax.eval_shape(objective.init, jax.random.key(0))[1]
+    scene = {"coord": coord, **made}
+    by_hand = 2 * 9 * 4 * (  # conv1 to conv5 of the untrained network, on 4 images
+        240 * 320 * (3 * 8 + 8 * 8) + 120 * 160 * (8 * 16 + 16 * 16)
+        + 60 * 80 * (16 * 32 + 2 * 32 * 32) + 30 * 40 * (32 * 48 + 2 * 48 * 48)
+        + 15 * 20 * (48 * 64 + 2 * 64 * 64)
+    )  # fmt: skip
+    projection = 3 * 2 * 4 * 15 * 20 * objective.inputs * 64
+    assert image_work(objective, shapes, scene)["images"].needed == by_hand + projection
+
+
 def products(text, known):
     """How many products of matrices each part of a program has, by direction."""
     found = Counter(known[name].place for name in re.findall(r"%([\w.\-]+) = \S+ dot\(", text))
@@ -318,6 +360,7 @@ def test_instructions_belong_to_their_innermost_scope():
     assert any(instruction.is_container for instruction in known.values())
     assert parts.place_of("jit(f)/jvp(losses)/mlp/sin") == ("mlp", "forward")
     assert parts.place_of("jit(f)/transpose(jvp(mlp))/checkpoint/dot") == ("mlp", "backward")
+    assert parts.place_of("jit(f)/images/blocks/attention/dot") == ("images", "forward")
     again = "jit(f)/transpose(jvp())/checkpoint/rematted_computation/mlp/sin"
     assert parts.place_of(again) == ("mlp", "recomputed")
     assert parts.place_of("jit(f)/mlps/sin") is None

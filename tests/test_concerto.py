@@ -16,6 +16,7 @@ from test_ptv3 import close
 import point_jax
 from configs import concerto
 from launch import command, train
+from launch.objectives import make_objective
 from point_jax.data.views import ViewSpec
 from point_jax.interop.pointcept import to_state_dict
 from point_jax.interop.store import Weights, save_weights
@@ -255,7 +256,7 @@ def test_a_run_has_its_encoder_s_weights_goes_on_alike_and_is_read(tmp_path, mon
     assert read_metrics(whole)[0]["image_patches"] > 0
     # The teacher has the weights that were given; features come from the points alone.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    objective = train.make_objective(get_config_with(encoder))[0]
+    objective = make_objective(get_config_with(encoder))[0]
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes

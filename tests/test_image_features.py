@@ -19,7 +19,7 @@ from test_images import take
 
 from configs import concerto
 from data_prep import image_features
-from launch.train import make_objective
+from launch.objectives import make_objective
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.image_augment import ImageSpec
 from point_jax.data.image_features import FOLDER, MANIFEST, FeatureSpec, ImageFeatures
@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_said_before_the_run(scans, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make_objective(config_of(scans, **changes))
-    objective, _, frozen = make_objective(config_of(scans))
+    objective, frozen = make_objective(config_of(scans))
     assert frozen is None and objective.images.channels == CHANNELS
     assert "image" not in jax.eval_shape(objective.init, jax.random.key(0))[1]
 

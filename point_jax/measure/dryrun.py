@@ -14,12 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from point_jax.data.pipeline import batch_shapes
 from point_jax.measure import cost, hlo, roofline
+from point_jax.measure.images import image_arrays, image_work
 from point_jax.measure.inputs import room_input
 from point_jax.measure.programs import count_sides, scene_arrays, scene_key
 from point_jax.measure.topology import Topology
-from point_jax.measure.traced import kept_bytes, product_flops
+from point_jax.measure.traced import kept_bytes
 from point_jax.measure.work import add, sonata_work
-from point_jax.objectives.concerto import Concerto
+from point_jax.objectives.concerto import Concerto, point_losses
 from point_jax.objectives.sonata import Sonata
 from point_jax.training.config import Config
 from point_jax.training.mesh import arrange, check_batch, replicated
@@ -242,33 +243,27 @@ def _work(step: Step, draws: int) -> Record:
     if not draws:
         return {"flop_needed": None, "flop_needed_by_part": {}, "rows_full": None}
     objective, config = step.objective, step.config
-    points = objective.points if isinstance(objective, Concerto) else objective
+    spec = point_losses(objective).spec
     scene = scene_arrays(room_input(config.data.scene_points, config.views.grid_size))
+    images = {}
+    if isinstance(objective, Concerto):
+        scene |= image_arrays(objective, config.data, scene["coord"])
+        images = image_work(objective, step.arguments[0]["teacher"], scene)
     scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
     schedule = {name: np.float32(value) for name, value in scheduled.items()}
     drawn, full = [], []
     for draw in range(draws):
         key = scene_key(jax.random.key(config.seed), draw, 0)
-        sides = count_sides(points, scene, key, schedule)
-        drawn.append(sonata_work(points.spec, *sides))
+        sides = count_sides(objective, scene, key, schedule)
+        drawn.append(add(sonata_work(spec, *sides), images))
         full.append([[level.points / level.capacity for level in side] for side in sides])
     parts = {part: work.needed / draws for part, work in add(*drawn).items()}
-    if isinstance(objective, Concerto):
-        parts |= {"images": _image_flops(objective, *step.arguments[:2])}
     parts = {part: config.train.batch * number for part, number in parts.items() if number}
     return {
         "flop_needed": sum(parts.values()),
         "flop_needed_by_part": parts,
         "rows_full": np.mean(full, axis=(0, 1)).tolist(),  # by level
     }
-
-
-def _image_flops(objective: Concerto, state: Any, batch: Any) -> float:
-    """Of the image encoder on one scene's images."""
-    scene = {n: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in batch.items()}
-    key = jax.eval_shape(jax.random.key, np.uint32(0))
-    images = jax.eval_shape(lambda scene, key: objective.images.prepare(scene, key)[0], scene, key)
-    return product_flops(objective.images.features, state["teacher"].get("image", {}), images)
 
 
 def _rates(record: Record) -> Record:

@@ -12,8 +12,9 @@ from typing import Literal, NamedTuple
 
 PARTS = (
     *("views", "geometry", "projections", "convolution", "attention", "mlp", "blocks"),
-    *("pooling", "heads", "losses", "optimizer"),
+    *("pooling", "heads", "losses", "images", "optimizer"),
 )
+WHOLE = "images"  # a part that keeps what lies inside it: an image encoder has attention, too
 OTHER = "other"  # instructions outside all scopes
 Direction = Literal["forward", "recomputed", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "recomputed", "backward")
@@ -57,14 +58,15 @@ class _Line(NamedTuple):
 
 
 def place_of(op_name: str) -> Place | None:
-    """The place that an `op_name` tells by its innermost scope; None where it has none."""
+    """The place that an `op_name` tells by its innermost scope, or `WHOLE`; None without any."""
     words = [word for word in re.split(r"[/()]", op_name) if word in PARTS]
     if not words:
         return None
+    part = WHOLE if WHOLE in words else words[-1]
     if "transpose(" not in op_name:
-        return Place(words[-1], "forward")
+        return Place(part, "forward")
     again = "rematted_computation" in op_name  # `jax.checkpoint` in the backward pass
-    return Place(words[-1], "recomputed" if again else "backward")
+    return Place(part, "recomputed" if again else "backward")
 
 
 def module_name(text: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from point_jax.data.views import make_views
 from point_jax.features.encoder import row_function, single_cloud
 from point_jax.features.shapes import Shapes
+from point_jax.measure.images import image_arrays, image_work
 from point_jax.measure.inputs import Input
 from point_jax.measure.work import (
     LevelCount,
@@ -24,6 +25,7 @@ from point_jax.measure.work import (
 from point_jax.models.functional import Params, functional
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.concerto import Concerto, ConcertoRow, point_losses
 from point_jax.objectives.rows import SIDES, student
 from point_jax.objectives.sonata import Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
@@ -123,14 +125,15 @@ def views(spec: SonataSpec, cloud: Input) -> Program:
     return Program(jax.jit(make), arguments, len(cloud.coord), _view_slots(spec))
 
 
-def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Program:
+def train(objective: Sonata | Concerto, config: Config, batch: int, cloud: Input) -> Program:
     """The training step as the loop runs it, on all devices, in the middle of the run.
 
     Args:
       objective: of the config.
       config: the whole config.
       batch: scenes over all devices.
-      cloud: every scene of the batch; their views differ.
+      cloud: every scene of the batch; their views differ. Images that the objective looks at are
+        made for it (`measure.images`).
 
     Raises:
       ValueError: the devices cannot share the scenes equally.
@@ -143,10 +146,13 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
     lie = shardings(shapes, config.mesh, mesh)
     state = jax.jit(lambda key: init_state(objective, key), out_shardings=lie)(key)
     one = scene_arrays(cloud)
+    spec, images = point_losses(objective).spec, {}
+    if isinstance(objective, Concerto):
+        one |= image_arrays(objective, config.data, cloud.coord)
+        images = image_work(objective, shapes["teacher"], one)
     scenes = {name: np.stack([array] * batch) for name, array in one.items()}
     scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
     schedule = {name: np.float32(value) for name, value in scheduled.items()}
-    spec = objective.spec
 
     def work(steps: Sequence[int]) -> dict[str, Work]:
         """The views of a step are a function of its number: they are made again and counted."""
@@ -154,7 +160,7 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
         for step in steps:
             for slot in range(batch):
                 sides = count_sides(objective, one, scene_key(key, step, slot), schedule)
-                counted.append(sonata_work(spec, *sides))
+                counted += [sonata_work(spec, *sides), images]
         total = add(*counted)
         return {part: work.times(1 / len(steps)) for part, work in total.items()}
 
@@ -162,12 +168,12 @@ def train(objective: Sonata, config: Config, batch: int, cloud: Input) -> Progra
         make_train_step(objective, config, mesh),
         (state, put_batch(mesh, scenes, batch), schedule, key),
         batch * len(cloud.coord),
-        f"{batch} x ({_view_slots(spec)})",
+        f"{batch} x ({_view_slots(spec)}{_image_slots(objective)})",
         carries=True,
         parameters=_bytes(state),
         work=work,
         settings=(
-            *(spec, config.optim.copy_and_resolve_references().to_dict()),
+            *(objective, config.optim.copy_and_resolve_references().to_dict()),
             *(config.mesh.to_dict(), dict(mesh.shape)),
         ),
     )
@@ -180,11 +186,14 @@ def scene_key(key: jax.Array, step: int, slot: int) -> jax.Array:
 
 
 def count_sides(
-    objective: Sonata, scene: dict[str, np.ndarray], key: jax.Array, schedule: dict[str, Any]
+    objective: Sonata | Concerto,
+    scene: dict[str, np.ndarray],
+    key: jax.Array,
+    schedule: dict[str, Any],
 ) -> tuple[Levels, Levels, Levels]:
     """The levels of the teacher's row, the masked one and that of the local views."""
     found = _grids(objective, scene, key, schedule)
-    clouds = objective.rows.shape.clouds
+    clouds = point_losses(objective).rows.shape.clouds
 
     def count(side: str) -> Levels:
         return tuple(
@@ -199,9 +208,11 @@ def count_sides(
 def _grids(objective, scene, key, schedule):
     scenes = {name: x[None] for name, x in scene.items()}
     row, _ = objective.prepare(scenes, key, schedule)
+    row = row.points if isinstance(row, ConcertoRow) else row
+    rows = point_losses(objective).rows
     sides = {"teacher": row.teacher, **{side: student(row, side) for side in SIDES}}
     return {
-        name: [(level.grid, level.cloud, level.count) for level in objective.rows.structure(side)]
+        name: [(level.grid, level.cloud, level.count) for level in rows.structure(side)]
         for name, side in sides.items()
     }
 
@@ -232,6 +243,12 @@ def _bytes(tree: Params) -> int:
 
 def _slots(capacities: tuple[int, ...]) -> str:
     return f"slots {' '.join(f'{capacity:,}' for capacity in capacities)}"
+
+
+def _image_slots(objective: Sonata | Concerto) -> str:
+    if not isinstance(objective, Concerto):
+        return ""
+    return f", images of {objective.images.height} x {objective.images.width} patches"
 
 
 def _view_slots(spec: SonataSpec) -> str:

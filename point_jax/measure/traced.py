@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 
 
 def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Operations of all matrix products of a function, a multiplication with its addition two.
+    """Operations of a function's matrix products and convolutions, a multiply-add two.
 
     Loops count as often as they run where that is fixed (`lax.scan`), else once; of a condition's
     branches the first.
@@ -31,6 +31,12 @@ def _flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             depth = math.prod(left[d] for d in contracted)
             total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+            results = math.prod(equation.outvars[0].aval.shape)
+            total += 2.0 * results * math.prod(kernel) / outputs
             continue
         inner = [
             value.jaxpr if hasattr(value, "jaxpr") else value

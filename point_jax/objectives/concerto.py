@@ -132,6 +132,7 @@ class Concerto:
       spec: the settings.
       points: the point losses.
       images: the image side.
+      inputs: channels of a patch's mean, which the projection reads.
     """
 
     scenes_per_row = 1
@@ -142,7 +143,7 @@ class Concerto:
         self._level = -1 - spec.up_cast
         self._patches = images.height * images.width
         stages = spec.points.network.encoder[self._level :]
-        self._inputs = sum(stage.channels for stage in stages)
+        self.inputs = sum(stage.channels for stage in stages)
 
     def __repr__(self) -> str:
         return f"Concerto({self.spec!r}, {self.images!r})"
@@ -152,9 +153,9 @@ class Concerto:
         points_key, kernel_key, bias_key, image_key = jax.random.split(key, 4)
         student, teacher = self.points.init(points_key)
         # As PyTorch starts a linear layer.
-        draw = partial(jax.random.uniform, minval=-(self._inputs**-0.5), maxval=self._inputs**-0.5)
+        draw = partial(jax.random.uniform, minval=-(self.inputs**-0.5), maxval=self.inputs**-0.5)
         student["patch_proj"] = {
-            "kernel": draw(kernel_key, (self._inputs, self.images.channels)),
+            "kernel": draw(kernel_key, (self.inputs, self.images.channels)),
             "bias": draw(bias_key, (self.images.channels,)),
         }
         image = self.images.init(image_key)
@@ -170,12 +171,12 @@ class Concerto:
         """Views, masks, matches, and which patches see which points."""
         points, stats = self.points.prepare(scenes, jax.random.fold_in(key, 0), schedule)
         scene = {name: x[0] for name, x in scenes.items()}
-        images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
-        seen = self.sightings(points, places)
+        with jax.named_scope("images"):
+            images, places = self.images.prepare(scene, jax.random.fold_in(key, 1))
+            seen = self.sightings(points, places)
         stats["image_pairs"] = (seen.patch < self._patches).sum().astype(jnp.float32)
         return ConcertoRow(points, images, seen), stats
 
-    @jax.named_scope("geometry")
     def sightings(self, row: Row, places: jax.Array) -> Sightings:
         """See `ConcertoRow.seen`; places (P, I, 2) are of the scene's points."""
         masked = student(row, "masked")
@@ -279,6 +280,11 @@ class Concerto:
         out["image_patches"] = hit / scenes
         out["image_pairs"] = stats["image_pairs"] / scenes
         return out
+
+
+def point_losses(objective: Sonata | Concerto) -> Sonata:
+    """The point losses of a pretraining, with images or without."""
+    return objective.points if isinstance(objective, Concerto) else objective
 
 
 def _nothing(projection: Params, levels: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

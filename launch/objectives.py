@@ -1,0 +1,90 @@
+"""From a config to what is to be learned, image encoders included.
+
+`make_objective` reads the weights of an image encoder; `outlined` is for commands that measure a
+step and need its shapes alone.
+"""
+
+from typing import Any
+
+from point_jax.data.sources import build_sources, with_features
+from point_jax.interop.image_encoders import load_image_encoder
+from point_jax.models.image_encoder import NetworkEncoder
+from point_jax.models.vit import DINOV2, dinov2_spec
+from point_jax.objectives.concerto import Concerto, ImageBranch
+from point_jax.objectives.settings import (
+    DTYPES,
+    NO_WEIGHTS,
+    encoded_images,
+    make_concerto,
+    make_sonata,
+    stored_images,
+)
+from point_jax.objectives.sonata import Sonata
+from point_jax.training.config import Config
+
+NAMED = "dinov2-with-registers-"
+DEFAULT = f"{NAMED}large"
+
+
+def make_objective(config: Config) -> tuple[Sonata | Concerto, Any]:
+    """What a config says is to be learned: with a section `images` Concerto, without it Sonata.
+
+    Returns:
+        The objective, and an image encoder's weights or None.
+
+    Raises:
+        ValueError: a value that does not fit.
+        CheckpointError: no image encoder where `config.images.encoder` says.
+        SceneError: no features of that name beside the scenes.
+    """
+    if "images" not in config:
+        return make_sonata(config), None
+    images, params = _image_branch(config)
+    return make_concerto(config, images), params
+
+
+def outlined(config: Config) -> Sonata | Concerto:
+    """The objective without weights: an image encoder may be one of DINOv2's names.
+
+    Errors as in `make_objective`.
+    """
+    images = config.get("images")
+    if images is None or config.data.images.features:
+        return make_objective(config)[0]
+    encoder = images.encoder or DEFAULT
+    if not encoder.startswith(NAMED):
+        return make_objective(config)[0]
+    size = encoder.removeprefix(NAMED)
+    if size not in DINOV2 or images.dtype not in DTYPES:
+        known = ", ".join(NAMED + size for size in DINOV2)
+        raise ValueError(
+            f"config.images.encoder={encoder!r}, dtype={images.dtype!r}: known are {known} in "
+            f"{' or '.join(DTYPES)}"
+        )
+    print(f"images: {encoder}, shapes without weights", flush=True)
+    network = NetworkEncoder(dinov2_spec(size, DTYPES[images.dtype]))
+    return make_concerto(config, encoded_images(config, network))
+
+
+def _image_branch(config: Config) -> tuple[ImageBranch, Any]:
+    """The image side of Concerto, and the weights of its encoder or None; errors as above."""
+    images, features = config.images, config.data.images.features
+    if features:
+        _, spec = with_features(build_sources(config.data.sources), features)
+        return stored_images(config, spec), None
+    if not images.encoder:
+        raise ValueError(
+            "config.images.encoder is empty: give a folder that launch.convert wrote of an image "
+            f"encoder, or {NO_WEIGHTS!r} to try things out"
+        )
+    if images.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
+    layers = tuple(images.layers) or None
+    if images.encoder == NO_WEIGHTS:
+        if layers:
+            raise ValueError(f"config.images.layers is for VGG16, not for {NO_WEIGHTS!r}")
+        return encoded_images(config, None), None
+    dtype = DTYPES[images.dtype]
+    encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
+    return encoded_images(config, encoder), params
