@@ -125,6 +125,7 @@ def _v3m1(config: Config) -> None:
     config.optim.lr = 0.006
     config.optim.wd = config.optim.wd_final = 0.05
     config.optim.clip = 1e9  # never
+    config.crops.drop_probability = 0.2
 
 
 SIZES = {"tiny": _tiny, "small": _small, "base": _base, "v3m1": _v3m1}
@@ -158,6 +159,8 @@ def _data(config: Config, name: str, whole: bool) -> None:
             config.crops.max_size = 204_800
             config.train.steps = 3000 * 204 // config.train.batch
         config.labels.classes = "s3dis"
+        if config.network.norm == "batch":
+            config.crops.geometry.elastic = ()
     elif (root := Path(name)).is_dir():
         split = "test" if (root / "test").is_dir() else "val"
         config.data.sources = ({"kind": "folder", "root": name, "splits": ("train",)},)

@@ -22,6 +22,7 @@ then writes results.json and results.md there. Exit codes as of launch.train.
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ import jax
 
 from launch import command
 from point_jax import limits, storage
-from point_jax.data.scenes import Scene
+from point_jax.data.scenes import Scene, SceneError
+from point_jax.data.sources import build_sources
 from point_jax.evaluation.candidates import Candidate, find, floors, parse, untrained
 from point_jax.evaluation.features import Extractor
 from point_jax.evaluation.labelled_scenes import (
+    LabelledScenes,
     check_apart,
     check_labels,
     class_names,
@@ -57,6 +60,7 @@ from point_jax.evaluation.report import Condition, Report, Result, as_markdown, 
 from point_jax.evaluation.robustness import robustness
 from point_jax.evaluation.scoring import score
 from point_jax.evaluation.shortcut import measure_shortcut, surfaces
+from point_jax.interop.workdir import data_sources
 from point_jax.training import checkpoint, mesh
 from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
@@ -68,7 +72,11 @@ SECTION_LIMITS = {
     "crops.grid_size": limits.number(0),
 }
 # What a result does not depend on, or what it says in other words.
-NOT_SETTINGS = ("about", "seed", "protocol", "encoder", "init_from", "checkpoint", "test", "tree")
+NOT_SETTINGS = (
+    *("about", "seed", "protocol", "encoder", "init_from", "checkpoint", "test", "tree"),
+    *("dataset", "mesh"),
+)
+NOT_OF_SOURCES = ("root", "splits", "seeds", "weight")  # which scenes: results name them
 
 
 class Evaluation:
@@ -94,10 +102,10 @@ class Evaluation:
         check_head(config.head, config.protocol)
         if images:
             check_lifted(config.protocol, config.test.votes, config.test.robustness)
-        train, test = config.data.sources, config.test.sources
-        self.train = labelled_scenes(train, "data.sources", images)
-        self.test = labelled_scenes(test, "test.sources", images)
-        check_apart(train, test)
+        self.train = labelled_scenes(config.data.sources, "data.sources", images)
+        self.test = labelled_scenes(config.test.sources, "test.sources", images)
+        train, test = self.train.sources, self.test.sources
+        check_apart(train, test, ("data.sources", "test.sources"))
         self.classes = class_names((*train, *test), config.labels.classes)
         self.train = self.train.with_change(self.change)
         if not config.test.submission:
@@ -129,19 +137,26 @@ class Evaluation:
         return config
 
     def digest(self, candidate: Candidate, protocol: str) -> str:
-        """Of everything that decides a result of a candidate, but for the seed."""
+        """Of everything that decides a result of a candidate, but for the seed and the scenes.
+
+        So the folds of a data set have the same, and so have runs on machines that keep it in
+        different places.
+        """
         config = self.settled(candidate).to_dict()
         told = {name: part for name, part in config.items() if name not in NOT_SETTINGS}
         not_read = ("train", "optim", "crops", "objective", "decoder", "data", "head")
         for name in ("network", "images", *(not_read if protocol in FITTED else ())):
             told.pop(name, None)
-        if "data" in told:  # no protocol trains on images
-            told["data"] = {name: part for name, part in told["data"].items() if name != "images"}
+        for key in (*config_lib.HARMLESS, "data.sources", "data.images"):  # none trains on images
+            section, _, name = key.partition(".")
+            told.get(section, {}).pop(name, None)
+        entries = (*self.config.data.sources, *self.config.test.sources)
+        told["read as"] = sorted({_how_read(entry) for entry in entries})
         if candidate.lifted is not None:
             lifted = candidate.lifted
             told["images"] = repr((lifted.encoder, lifted.height, lifted.width))
-        told |= {"network": repr(candidate.network), "grid_size": candidate.grid_size}
-        told["scenes"] = identities(self.config.data.sources)
+        network = candidate.network and replace(candidate.network, remat=False)
+        told |= {"network": repr(network), "grid_size": candidate.grid_size}
         return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()[:8]
 
     def result(
@@ -177,8 +192,8 @@ class Evaluation:
             scores=found,
             config=f"configs/segmentation.py:{self.config.about}",
             data=self.config.dataset,
-            train_scenes=_names(self.config.data.sources),
-            test_scenes=_names(self.config.test.sources),
+            train_scenes=_names(self.train),
+            test_scenes=_names(self.test),
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
             label_share=self.config.labels.share,
@@ -188,6 +203,7 @@ class Evaluation:
             settings=self.digest(candidate, protocol),
             shortcut=self.shortcut(predict.extractor, candidate),
             unseen=self.unseen(candidate),
+            seen=self.seen(candidate),
         )
 
     def robustness(self, candidate: Candidate) -> Iterator[Condition]:
@@ -215,6 +231,19 @@ class Evaluation:
         if candidate.lifted is None:
             return None
         return unseen_share(self.test, candidate.grid_size, candidate.lifted.size)
+
+    def seen(self, candidate: Candidate) -> int | None:
+        """How many test scenes the encoder was pretrained on; None where that is not known."""
+        if candidate.checkpoint is None or not candidate.points:
+            return None
+        entries = data_sources(candidate.checkpoint)
+        if not entries:
+            return None
+        try:
+            pretrained = identities(build_sources(entries))
+        except (SceneError, ValueError):  # not here, or of another program
+            return None
+        return len(set(pretrained) & set(identities(self.test.sources)))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -246,6 +275,8 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
     try:
         row = evaluation.result(candidate, protocol, workdir, main=True)
         if row is None:
+            if not config.test.submission:
+                raise ConfigError("config.test.sources: no point of any test scene has a label")
             print(f"the test scenes have no labels: written is {workdir / 'submission'} alone")
             return 0
         floor_protocol = protocol if protocol in FITTED else FLOORS_OF_TRAINED
@@ -255,8 +286,11 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
                 rows.append(evaluation.result(floor, floor_protocol, folder, main=False))
     except Stopped as stopped:
         return stopped.code
-    conditions = list(evaluation.robustness(candidate)) if config.test.robustness else []
-    report = Report(row, rows, conditions, config_lib.package_versions())
+    report = Report(row, rows, [], config_lib.package_versions())
+    if jax.process_index() == 0:
+        write_results(workdir, report)
+    if config.test.robustness:
+        report = replace(report, robustness=list(evaluation.robustness(candidate)))
     if jax.process_index() == 0:
         write_results(workdir, report)
         print(as_markdown(report))
@@ -272,9 +306,14 @@ def _bind(config: Config, workdir: Path) -> None:
     config_lib.settle_config(config, workdir)
 
 
-def _names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of scenes: of folders the last part."""
-    return [Path(one).name for one in identities(entries)]
+def _how_read(entry: Mapping[str, Any]) -> str:
+    """What a source says beside which scenes they are: labels, units, image splits."""
+    return repr(sorted((k, v) for k, v in entry.items() if k not in NOT_OF_SOURCES))
+
+
+def _names(scenes: LabelledScenes) -> list[str]:
+    """Names of scenes."""
+    return [Path(one).name for one in identities(scenes.sources)]
 
 
 def _quiet(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,20 @@ from small import small_config
 
 import point_jax
 from configs import segmentation
+from data_prep import pack
 from launch import command, evaluate
+from point_jax.data.frames import Frames, write_frames
 from point_jax.data.rooms import CLASSES, RoomSpec, make_room
 from point_jax.data.scenes import write_dataset_json, write_scene
+from point_jax.evaluation.candidates import find
+from point_jax.evaluation.classes import SCANNET20
 from point_jax.evaluation.confusion import confusion, scores
+from point_jax.evaluation.labelled_scenes import (
+    check_apart,
+    class_names,
+    identities,
+    labelled_scenes,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
@@ -156,6 +167,90 @@ def test_robustness_tells_what_is_missing(tmp_path):
     assert results(fewer)["settings"] != results(tmp_path)["settings"]
 
 
+def test_robustness_leaves_out_what_no_frame_shows_and_never_the_result(
+    tmp_path, folders, capsys, monkeypatch
+):
+    for seed in (5, 6):  # so few points are no view
+        room = folders / "test" / f"room{seed}"
+        points = len(np.load(room / "coord.npy"))
+        np.save(room / "segment.npy", np.zeros(points, np.int32))
+        seen = np.arange(points)[None] < 10
+        frames = Frames(np.array(["a.jpg"]), np.array([[4, 4]]), np.eye(4)[None, :3], seen)
+        write_frames(room, frames)
+    arguments = both(folders)
+    assert run(tmp_path / "a", "ridge", "raw", *arguments, "--config.test.robustness=True") == 0
+    told = capsys.readouterr().out
+    assert "one frame, camera axes: no labelled points, no row" in told
+    conditions = [row["condition"] for row in results(tmp_path / "a")["robustness"]]
+    assert "neither" in conditions and not any("frame" in name for name in conditions)
+
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(evaluate, "robustness", broken)
+    assert run(tmp_path / "b", "ridge", "raw", *arguments, "--config.test.robustness=True") == 1
+    assert results(tmp_path / "b")["mIoU"] == results(tmp_path / "a")["mIoU"]
+
+
+def test_results_that_differ_in_scenes_places_and_speed_alone_have_one_digest(folders):
+    """So that seeds of two machines, and the folds of a data set, come together."""
+
+    def digest(protocol, train="train", test="test", root=folders, **changes):
+        config = get_config(f"protocol={protocol}")
+        for place, split in (("data", train), ("test", test)):
+            config[place].sources = ({"kind": "folder", "root": str(root), "splits": (split,)},)
+        config.update_from_flattened_dict(changes)
+        return evaluate.Evaluation(config).digest(find("random", config), protocol)
+
+    moved = folders.with_name("elsewhere")
+    shutil.copytree(folders, moved)
+    for protocol in ("linear", "ridge"):
+        one = digest(protocol)
+        assert one == digest(protocol, "test", "train") == digest(protocol, root=moved)
+        harmless = {"data.threads": 1, "network.remat": True, "train.log_every": 7}
+        assert one == digest(protocol, **harmless, seed=3, dataset="s3dis-2")
+        assert one != digest(protocol, **{"labels.share": 0.5})
+        assert (one == digest(protocol, **{"train.steps": 4})) == (protocol == "ridge")
+        assert (one == digest(protocol, **{"crops.max_size": 96})) == (protocol == "ridge")
+
+
+def test_classes_that_a_benchmark_knows_have_its_ids(folders):
+    write_dataset_json(folders, "m", "z", ("train", "test"), SCANNET20.names)
+    scenes = labelled_scenes(({"kind": "folder", "root": str(folders)},), "data.sources")
+    assert class_names(scenes.sources, "") == SCANNET20
+
+
+def test_packed_scenes_are_known_by_their_shard(tmp_path, folders, capsys, monkeypatch):
+    packed = tmp_path / "packed"
+    argv = ["pack", f"--input={folders}", f"--output={packed}", "--splits", "train", "test"]
+    monkeypatch.setattr("sys.argv", argv)
+    pack.main()
+    capsys.readouterr()
+    entries = [
+        ({"kind": "packed", "root": str(packed), "splits": (s,)},) for s in ("train", "test")
+    ]
+    train, test = (labelled_scenes(entry, "data.sources") for entry in entries)
+    assert identities(train.sources) == [
+        f"{packed.resolve()}/train-00000.arrayrecord/room{seed}" for seed in (0, 1)
+    ]
+    assert class_names((*train.sources, *test.sources), "").names == CLASSES
+    check_apart(train.sources, test.sources, ("a", "b"))
+    arguments = [f"--config.{place}.sources={entries[0]!r}" for place in ("data", "test")]
+    assert run(tmp_path / "out", "ridge", "raw", *arguments) == 1
+    assert "has 2 scenes that config.data.sources has" in capsys.readouterr().err
+
+
+def test_test_scenes_that_the_encoder_was_pretrained_on_are_counted(tmp_path, checkpoint):
+    ranges = {"test": (2, 7), "data": (7, 9)}
+    arguments = [
+        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
+        for place, seeds in ranges.items()
+    ]
+    assert run(tmp_path, "ridge", checkpoint, *arguments) == 0
+    assert results(tmp_path)["seen"] == 2  # of 0 to 3
+    assert "pretrained on 2 of the test scenes" in (tmp_path / "results.md").read_text()
+
+
 @pytest.fixture
 def folders(tmp_path):
     """Two splits of a folder of rooms whose classes are named, the second without labels."""
@@ -173,10 +268,14 @@ def sources(root, split, **more):
     return repr(({"kind": "folder", "root": str(root), "splits": (split,), **more},))
 
 
+def both(root):
+    """Flags that train on one split and test on the other."""
+    sides = (("data", "train"), ("test", "test"))
+    return [f"--config.{place}.sources={sources(root, split)}" for place, split in sides]
+
+
 def test_scenes_without_labels_are_submitted_and_nothing_else(tmp_path, folders, capsys):
-    train, test = sources(folders, "train"), sources(folders, "test")
-    arguments = (f"--config.data.sources={train}", f"--config.test.sources={test}")
-    workdir = tmp_path / "out"
+    arguments, workdir = both(folders), tmp_path / "out"
     assert run(workdir, "ridge", "raw", *arguments) == 1
     assert "room5: has no labels" in capsys.readouterr().err
     assert run(workdir, "ridge", "raw", *arguments, "--config.test.submission=True") == 0
@@ -184,6 +283,10 @@ def test_scenes_without_labels_are_submitted_and_nothing_else(tmp_path, folders,
     assert len(lines) == len(make_room(5, RoomSpec(**SPEC)).coord)
     assert set(map(int, lines)) <= set(range(len(CLASSES)))
     assert not (workdir / "results.json").exists()
+    for room in (folders / "test").iterdir():
+        np.save(room / "segment.npy", np.full(len(np.load(room / "coord.npy")), -1, np.int32))
+    assert run(workdir, "ridge", "raw", *arguments) == 1
+    assert "no point of any test scene has a label" in capsys.readouterr().err
 
 
 def test_scenes_that_would_prove_nothing_are_refused(tmp_path, folders, capsys):

@@ -122,6 +122,15 @@ def test_what_was_not_said_is_all_labels_and_no_training():
     assert (row["label_share"], row["train_steps"]) == (1.0, None)
 
 
+def test_the_text_says_what_decided_the_result_beside_its_row(tmp_path):
+    told = dataclasses.replace(MAIN, grid_size=0.05, seen=2, unseen=0.25)
+    _, text = read(tmp_path, Report(told))
+    assert "Voxels of 0.05 m, 10 % of the training labels, 300 steps of training." in text
+    assert "pretrained on 2 of the test scenes" in text and "No image sees 25.0 %" in text
+    _, text = read(tmp_path, Report(RAW))
+    assert "\n100 % of the training labels.\n" in text and "pretrained" not in text
+
+
 def test_floors_and_conditions_are_rows_of_their_own(tmp_path):
     content, _ = read(tmp_path, REPORT)
     (floor,), (condition,) = content["floors"], content["robustness"]

@@ -227,6 +227,12 @@ class PackedDataset:
         shard, place = self._find(index)
         return f"{self._root / shard.file}: record {place} (scene {self.names[index]})"
 
+    def place(self, index: int) -> str:
+        """Shard and name of scene `index`: no other scene has the same."""
+        shard, _ = self._find(index)
+        root = self._root if self.local_root is None else self.local_root.resolve()
+        return f"{root}/{shard.file}/{self.names[index]}"
+
     def images(self, index: int, scene: Scene) -> Images | None:
         """The images of scene `index`, a record each; None where it has none.
 

@@ -12,7 +12,7 @@ from point_jax.data.image_features import FeatureImages, FeatureSpec, ImageFeatu
 from point_jax.data.images import Images
 from point_jax.data.packed import PackedDataset
 from point_jax.data.room_images import RoomImages
-from point_jax.data.rooms import RoomSpec, make_room
+from point_jax.data.rooms import CLASSES, RoomSpec, make_room
 from point_jax.data.scenes import Dataset, Scene, SceneError
 
 SOURCE_LIMITS = {
@@ -42,6 +42,9 @@ class Source:
         root: folder of the data set; None for scenes that are made on the fly, or lie in an object
             store.
         name: index -> what a message calls the scene before it is loaded.
+        identity: index -> what scene it is, in whatever source: its place, or its seed. The last
+            part of the path is the scene's name.
+        classes: names of the labels; None where they are not stated.
     """
 
     size: int
@@ -50,6 +53,13 @@ class Source:
     images: Callable[[int, Scene], Images | None] = lambda index, scene: None
     root: Path | None = None
     name: Callable[[int], str] = str
+    identity: Callable[[int], str] = str
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def identities(self) -> list[str]:
+        """Of all its scenes."""
+        return [self.identity(index) for index in range(self.size)]
 
 
 def folder_source(
@@ -70,6 +80,8 @@ def folder_source(
         dataset.images,
         dataset.root,
         lambda index: str(dataset.folders[index]),
+        lambda index: str(dataset.folders[index].resolve()),
+        dataset.classes,
     )
 
 
@@ -82,7 +94,14 @@ def packed_source(
     """Scenes that `data_prep.pack` packed; see `point_jax.data.packed.PackedDataset`."""
     packed = PackedDataset(root, splits, segment or None)
     return Source(
-        len(packed), packed.load, weight, packed.images, packed.local_root, packed.describe
+        len(packed),
+        packed.load,
+        weight,
+        packed.images,
+        packed.local_root,
+        packed.describe,
+        packed.place,
+        packed.classes,
     )
 
 
@@ -105,6 +124,8 @@ def rooms_source(
         weight,
         lambda index, scene: RoomImages(first + index, room, scene.coord),
         name=lambda index: f"procedural room {first + index}",
+        identity=lambda index: f"rooms {first + index}",
+        classes=CLASSES,
     )
 
 

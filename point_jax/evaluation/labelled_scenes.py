@@ -8,9 +8,8 @@ from typing import Any, overload
 
 from point_jax.data import rooms
 from point_jax.data.frames import Frames, read_frames
-from point_jax.data.pipeline import Source, build_sources, load_indexed
-from point_jax.data.scenes import Dataset, Scene, SceneError, read_dataset_json
-from point_jax.data.sources import images_indexed
+from point_jax.data.scenes import Dataset, Scene, SceneError
+from point_jax.data.sources import Source, build_sources, images_indexed, load_indexed
 from point_jax.evaluation.classes import S3DIS, SCANNET20, SCANNET200, Classes
 
 CLASSES = {
@@ -106,38 +105,35 @@ def check_labels(scene: Scene, classes: int) -> Scene:
     return scene
 
 
-def identities(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each scene of a config's sources is, without loading it: its folder, or its seed."""
-    found = []
-    for entry in entries:
-        if entry["kind"] == "folder":
-            folders = _dataset(entry).folders
-            found += [str(folder.resolve()) for folder in folders]
-        else:
-            found += [f"{entry['kind']} {seed}" for seed in range(*entry.get("seeds", (0, 64)))]
-    return found
+def identities(sources: Sequence[Source]) -> list[str]:
+    """What each scene of some sources is, without loading it; see `Source.identity`."""
+    return [one for source in sources for one in source.identities]
 
 
-def check_apart(train: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError when scenes are among both the training and the test scenes."""
+def check_apart(train: Sequence[Source], test: Sequence[Source], places: tuple[str, str]) -> None:
+    """Raises ValueError when scenes are among both the training and the test scenes.
+
+    A scene and its copy, packed or in another folder, are two scenes here.
+
+    Args:
+      train, test: the sources.
+      places: the keys that list them, for the error.
+    """
     both = sorted(set(identities(train)) & set(identities(test)))
     if both:
         raise ValueError(
-            f"config.test.sources has {len(both)} scenes that config.data.sources has, too, such "
-            f"as {both[0]}: nothing would be measured; give other scenes or splits"
+            f"config.{places[1]} has {len(both)} scenes that config.{places[0]} has, too, such as "
+            f"{both[0]}: nothing would be measured; give other scenes or splits"
         )
 
 
-def _dataset(entry: Mapping[str, Any]) -> Dataset:
-    return Dataset(**{k: v for k, v in entry.items() if k not in ("kind", "weight")})
-
-
-def class_names(entries: Sequence[Mapping[str, Any]], known: str) -> Classes:
-    """The classes of a config's scenes.
+def class_names(sources: Sequence[Source], known: str) -> Classes:
+    """The classes of the scenes of some sources.
 
     Args:
-      entries: the sources.
-      known: a key of `CLASSES`, or "" for what the folders' dataset.json say.
+      sources: of the training and the test scenes.
+      known: a key of `CLASSES`, or "" for what the sources state, as dataset.json does; if these
+        are the names of one of `CLASSES`, then with its ids.
 
     Raises:
       ValueError: unknown, not stated, or different ones.
@@ -150,20 +146,18 @@ def class_names(entries: Sequence[Mapping[str, Any]], known: str) -> Classes:
             )
         return CLASSES[known]
     found = set()
-    for entry in entries:
-        stated = rooms.CLASSES
-        if entry["kind"] == "folder":
-            stated = read_dataset_json(entry["root"]).get("classes")
-        if not stated:
+    for source in sources:
+        if not source.classes:
             raise ValueError(
-                f"{entry.get('root')}: no names of classes in its dataset.json; add "
+                f"{source.root}: no names of classes in its dataset.json; add "
                 '"classes": ["wall", ...], or choose config.labels.classes'
             )
-        found.add(tuple(stated))
+        found.add(tuple(source.classes))
     if len(found) != 1:
         raise ValueError(f"the data sources have {len(found)} different lists of classes: {found}")
     (names,) = found
-    return Classes(names, tuple(range(len(names))))
+    same = [classes for classes in CLASSES.values() if classes.names == names]
+    return same[0] if same else Classes(names, tuple(range(len(names))))
 
 
 def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Scene, Frames]]:
@@ -172,7 +166,7 @@ def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Scene, Fra
     for entry in entries:
         if entry["kind"] != "folder":
             continue
-        dataset = _dataset(entry)
+        dataset = Dataset(**{k: v for k, v in entry.items() if k not in ("kind", "weight")})
         for index, folder in enumerate(dataset.folders):
             if (Path(folder) / "frames.npz").is_file():
                 scene = dataset.load(index)

@@ -18,6 +18,7 @@ from point_jax.data.scenes import Scene, SceneError
 from point_jax.evaluation.confusion import confusion, scores
 from point_jax.evaluation.features import EncoderFeatures, LabelledArrays, extract, voxel_labels
 from point_jax.evaluation.knn import collect_neighbours, draw_rows
+from point_jax.evaluation.labelled_scenes import check_apart
 from point_jax.evaluation.ridge import fit_ridge
 from point_jax.evaluation.shortcut import Surface, measure_shortcut, surface
 from point_jax.features.encoder import Encoder
@@ -108,19 +109,23 @@ def load_probe(probe: Any) -> ProgressProbe | None:
     """Loads the scenes of a config section as `default_probe` makes it; None if it is off.
 
     Raises:
-      ValueError: a wrong setting or source, or fewer than two scenes.
+      ValueError: a wrong setting or source, or fewer than two scenes, or scenes on both
+        sides.
       SceneError: a scene that cannot be used, or has no labels.
     """
     limits.check(probe, PROBE_LIMITS, "config.probe.")
     if probe.every == 0:
         return None
-    sides = []
+    sides, sources = [], []
     for side, count in zip(("train_sources", "test_sources"), probe.scenes, strict=True):
-        scenes = first_scenes(build_sources(probe[side], f"probe.{side}"), count)
+        sources.append(build_sources(probe[side], f"probe.{side}"))
+        scenes = first_scenes(sources[-1], count)
         for scene in scenes:
             if scene.segment is None or not (scene.segment >= 0).any():
                 raise SceneError(f"config.probe.{side}: {scene.name} has no labels")
         if len(scenes) < 2:
             raise ValueError(f"config.probe.{side} has {len(scenes)} scene, expected at least 2")
         sides.append(scenes)
+    train, test = sources
+    check_apart(train, test, ("probe.train_sources", "probe.test_sources"))
     return ProgressProbe(sides[0], sides[1], probe.voxels)

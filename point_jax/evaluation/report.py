@@ -42,6 +42,8 @@ class Result:
       shortcut: what height and normals alone explain of the features, see `shortcut`; None where
         not measured.
       unseen: share of the test scenes' voxels that no image sees; None without lifted features.
+      seen: test scenes that the encoder was pretrained on, without their labels; None where that is
+        not known.
     """
 
     encoder: str
@@ -61,6 +63,7 @@ class Result:
     settings: str | None = None
     shortcut: Mapping[str, float] | None = None
     unseen: float | None = None
+    seen: int | None = None
 
     def __post_init__(self) -> None:
         if HEADLINE not in self.scores or not set(self.scores) <= set(RESOLUTIONS):
@@ -157,7 +160,7 @@ def as_markdown(report: Report) -> str:
         "voxel: at the voxels; full: at every original point; voted: at every original point, "
         "summed over votes. Means are over the classes that occur in the labels.",
         "",
-        *_lifted(main),
+        *_how(main),
         *markdown_table(*_results(rows)),
         "",
         "## IoU of each class, full",
@@ -198,17 +201,23 @@ def _entries(result: Result) -> dict[str, Any]:
         "test_scenes": list(result.test_scenes),
         "shortcut": None if result.shortcut is None else dict(result.shortcut),
         "unseen": result.unseen,
+        "seen": result.seen,
     }
 
 
-def _lifted(result: Result) -> list[str]:
-    if result.unseen is None:
-        return []
-    share = percent(result.unseen)
-    return [
-        f"No image sees {share} % of the voxels: they have the nearest seen one's features.",
-        "",
-    ]
+def _how(result: Result) -> Iterator[str]:
+    """What decided the main result beside its row: voxels, labels, steps; and what to beware of."""
+    told = [] if result.grid_size is None else [f"Voxels of {result.grid_size:g} m"]
+    told.append(f"{100 * result.label_share:g} % of the training labels")
+    if result.train_steps is not None:
+        told.append(f"{result.train_steps:,} steps of training")
+    yield f"{', '.join(told)}."
+    if result.unseen is not None:
+        share = percent(result.unseen)
+        yield f"No image sees {share} % of the voxels: they have the nearest seen one's features."
+    if result.seen:
+        yield f"The encoder was pretrained on {result.seen} of the test scenes, without labels."
+    yield ""
 
 
 def _condition(one: Condition) -> dict[str, Any]:

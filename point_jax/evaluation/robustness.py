@@ -17,7 +17,7 @@ from point_jax.evaluation.modalities import thin_labels, without
 from point_jax.evaluation.partial import Axes, views
 from point_jax.evaluation.predict import Predictor
 from point_jax.evaluation.protocols import fitted
-from point_jax.evaluation.report import Condition
+from point_jax.evaluation.report import HEADLINE, Condition
 from point_jax.evaluation.scoring import score
 
 PROTOCOL = "ridge"
@@ -59,26 +59,27 @@ def robustness(
     def fit(scenes: Sequence[Scene]) -> Predictor:
         return fitted(PROTOCOL, candidate, scenes, len(classes), seed)
 
-    def row(condition: str, predict: Predictor, scenes: Sequence[Scene]) -> Condition:
-        say(condition)
-        found = score(predict, scenes, classes, candidate.grid_size)["full"]
-        return Condition(condition, candidate.name, PROTOCOL, seed, found)
+    def row(condition: str, predict: Predictor, scenes: Sequence[Scene]) -> Iterator[Condition]:
+        found = score(predict, scenes, classes, candidate.grid_size).get(HEADLINE)
+        say(f"{condition}{'' if found else ': no labelled points, no row'}")
+        if found:
+            yield Condition(condition, candidate.name, PROTOCOL, seed, found)
 
     whole = fit(train)
-    yield row("everything", whole, test)
+    yield from row("everything", whole, test)
     for name, missing in MISSING.items():
         drop = partial(_without, missing)
-        yield row(name, fit(train.with_change(drop)), test.with_change(drop))
-        yield row(f"{name}, in the test alone", whole, test.with_change(drop))
+        yield from row(name, fit(train.with_change(drop)), test.with_change(drop))
+        yield from row(f"{name}, in the test alone", whole, test.with_change(drop))
     for share in SHARES:
         if share >= label_share:
             continue
         thin = partial(thin_labels, share=share / label_share, seed=seed)
-        yield row(f"{share:.0%} of the labels", fit(train.with_change(thin)), test)
+        yield from row(f"{share:.0%} of the labels", fit(train.with_change(thin)), test)
     framed = framed_scenes(test_entries)
     for name, axes in FRAMES.items() if framed else ():
         parts = [part for scene, frames in framed for part in views(scene, frames, axes)]
-        yield row(name, whole, parts)
+        yield from row(name, whole, parts)
 
 
 def _without(names: tuple[Any, ...], scene: Scene) -> Scene:

@@ -50,6 +50,18 @@ def find_run(path: Path) -> tuple[Path, int] | None:
     return path, max(steps)
 
 
+def data_sources(path: Path) -> list[Mapping[str, Any]] | None:
+    """What a run was trained on, as its config lists it; None for a path that is no run's.
+
+    Args:
+      path: see `find_run`; the same errors.
+    """
+    found = find_run(path)
+    if found is None:
+        return None
+    return read_json(found[0] / CONFIG).get("config", {}).get("data", {}).get("sources")
+
+
 def read_workdir(workdir: Path | str) -> Weights:
     """Student and teacher of a run's checkpoint, every bit checked.
 

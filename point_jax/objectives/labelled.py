@@ -29,6 +29,7 @@ CROP_LIMITS = {
     "max_size": limits.whole(16),
     "max_share": limits.number(above=0, most=1),
     "drop": limits.number(0, below=1),
+    "drop_probability": limits.PROBABILITY,
     "mix": limits.PROBABILITY,
     "stretch_probability": limits.PROBABILITY,
     "translation": limits.number(0),
@@ -46,7 +47,8 @@ class CropSpec:
       grid_size: edge of the voxels that keep one point each, metres.
       max_size: most points of a crop, the nearest of a random one.
       max_share: and at most this share of the scene's.
-      drop: share of a scene's points that are left out before anything else.
+      drop, drop_probability: share of a scene's points that are left out before anything else, and
+        how often.
       mix: probability that the scenes of a row become one cloud (Mix3D).
       geometry: changes of the geometry.
       stretch_probability: of stretching the colours' range, by a random share.
@@ -59,6 +61,7 @@ class CropSpec:
     max_size: int = 102_400
     max_share: float = 1.0
     drop: float = 0.2
+    drop_probability: float = 1.0
     mix: float = 0.8
     geometry: GeometrySpec = field(default_factory=lambda: GeometrySpec(rotation_probability=0.5))
     stretch_probability: float = 0.2
@@ -162,7 +165,9 @@ class LabelledRowMaker:
         keys = jax.random.split(key, 6)
         points = scene["coord"].shape[0]
         valid = jnp.arange(points) < scene["count"]
-        keep = jnp.floor((1.0 - spec.drop) * scene["count"]).astype(jnp.int32)
+        dropped = jax.random.uniform(jax.random.fold_in(keys[0], 0)) < spec.drop_probability
+        share = jnp.where(dropped, 1.0 - spec.drop, 1.0)
+        keep = jnp.floor(share * scene["count"]).astype(jnp.int32)
         priority = (jax.random.bits(keys[0], valid.shape) >> 1).astype(jnp.int32)
         valid = smallest(priority, valid, keep)
         size, geometry = spec.grid_size, spec.geometry
