@@ -19,6 +19,23 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Programs of a module and of the commands it starts compile in two thirds of the time.
+
+    XLA leaves most optimizations out. For modules that run programs for moments; not for those that
+    compare with the originals' numbers.
+    """
+    import jax
+
+    name = "disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(f"JAX_{name.upper()}", "1")
+        jax.config.update(f"jax_{name}", True)
+        yield
+    jax.config.update(f"jax_{name}", False)
+
+
 class DeviceTest(pytest.Item):
     """A test marked `devices(count)`: the same test, run by a pytest in a process of its own.
 

@@ -50,10 +50,10 @@ PART = {
 
 
 @pytest.fixture
-def run(tmp_path, capsys, monkeypatch):
+def run(tmp_path, capsys, monkeypatch, quick_compilation):
     """Runs the command; returns its exit code, stdout, stderr and what --json holds.
 
-    XLA compiles faster without optimizations, and what is measured is of no interest here.
+    What is measured is of no interest here.
     """
     monkeypatch.setattr(benchmark, "calibrate", functools.partial(timing.calibrate, size=64))
 
@@ -73,9 +73,7 @@ def run(tmp_path, capsys, monkeypatch):
         content = json.loads(file.read_text()) if file.exists() else None
         return code, *capsys.readouterr(), content
 
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield start
-    jax.config.update("jax_disable_most_optimizations", False)
+    return start
 
 
 def check(content, what: str) -> dict:

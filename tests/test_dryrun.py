@@ -307,9 +307,9 @@ def test_shapes_of_a_batch_are_those_that_are_shipped():
 
 
 @pytest.mark.devices(2)
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_step_is_planned_for_virtual_devices(tmp_path, capsys):
     """The whole command, on devices that any machine has."""
-    jax.config.update("jax_disable_most_optimizations", True)
     file = tmp_path / "plan.json"
     argv = ["dryrun", "--config=tests/small.py", "--topology=cpu:2", "--draws=1", f"--json={file}"]
     assert command.run(dryrun.main, [*argv, *ONE_LEVEL], dryrun.__doc__) == 0

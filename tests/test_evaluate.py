@@ -26,6 +26,8 @@ from point_jax.evaluation.labelled_scenes import (
     labelled_scenes,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = {"frames": 2, "width": 24, "height": 18, "voxel": 0.1}
 KEYS = {"mIoU", "mAcc", "allAcc", "per_class", "protocol", "encoder", "seed"}

@@ -32,6 +32,8 @@ from point_jax.interop.store import save_weights
 from point_jax.objectives.images import EncodedImages
 from point_jax.objectives.settings import make_concerto
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SCENES, IMAGES, FULL = 3, 4, Size(30, 40)  # images of a scene, and their size
 ROWS, COLUMNS, STRIDE, CHANNELS = 3, 2, 4, 24  # what features are of: image_states.DINOV2
 SPEC = FeatureSpec("0f", "dinov2_with_registers", (), "float32", ROWS, COLUMNS, STRIDE, CHANNELS)

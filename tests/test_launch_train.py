@@ -23,6 +23,8 @@ from point_jax.data.scenes import Scene, write_dataset_json, write_scene
 from point_jax.training import mesh
 from point_jax.training.metrics import finished, read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "--config=tests/small.py"
 LONG = ("--config.train.steps=24", "--config.checkpoint.every=3")

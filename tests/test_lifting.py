@@ -39,6 +39,8 @@ from point_jax.interop.image_encoders import to_image_encoder
 from point_jax.interop.store import save_weights
 from point_jax.training.config import ConfigError, compare_config, settle_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GRID = 0.25
 HEIGHT, WIDTH, STRIDE = 3, 4, 2  # patches, patches, pixels
 

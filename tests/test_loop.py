@@ -24,6 +24,8 @@ from point_jax.training.loop import TrainingStopped
 from point_jax.training.mesh import check_batch
 from point_jax.training.metrics import MetricsError, finished, read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def config(**changes: object) -> ConfigDict:
     """The toy's config; `a__b=1` sets `a.b`."""

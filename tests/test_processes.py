@@ -19,6 +19,8 @@ from point_jax.training.config import ConfigError
 from point_jax.training.mesh import Job, start_processes
 from point_jax.training.metrics import finished, read_metrics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
 PODS = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}

@@ -19,6 +19,8 @@ from point_jax.training.config import ConfigError, check_config, default_config
 from point_jax.training.mesh import DATA, FSDP, arrange, data_mesh
 from point_jax.training.state import init_state
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @dataclass(frozen=True)
 class Device:

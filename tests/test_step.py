@@ -9,6 +9,8 @@ from small import Step, schedule, small_batch, small_config
 from point_jax.objectives.settings import make_sonata
 from point_jax.training.mesh import put_batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def one_device():
     return Mesh(np.array(jax.devices()[:1]), ("data",))
