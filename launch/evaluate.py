@@ -287,12 +287,14 @@ def _evaluate(config: Config, workdir: Path, name: str) -> int:
     except Stopped as stopped:
         return stopped.code
     report = Report(row, rows, [], config_lib.package_versions())
-    if jax.process_index() == 0:
+    writes = jax.process_index() == 0
+    if writes:
         write_results(workdir, report)
     if config.test.robustness:
         report = replace(report, robustness=list(evaluation.robustness(candidate)))
-    if jax.process_index() == 0:
-        write_results(workdir, report)
+        if writes:
+            write_results(workdir, report)
+    if writes:
         print(as_markdown(report))
         print(f"written: {workdir / 'results.json'}, {workdir / 'results.md'}")
     return 0
