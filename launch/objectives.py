@@ -55,14 +55,11 @@ def outlined(config: Config) -> Sonata | Concerto:
     if not encoder.startswith(NAMED):
         return make_objective(config)[0]
     size = encoder.removeprefix(NAMED)
-    if size not in DINOV2 or images.dtype not in DTYPES:
+    if size not in DINOV2:
         known = ", ".join(NAMED + size for size in DINOV2)
-        raise ValueError(
-            f"config.images.encoder={encoder!r}, dtype={images.dtype!r}: known are {known} in "
-            f"{' or '.join(DTYPES)}"
-        )
+        raise ValueError(f"config.images.encoder is {encoder!r}: known without weights are {known}")
+    network = NetworkEncoder(dinov2_spec(size, _dtype(images)))
     print(f"images: {encoder}, shapes without weights", flush=True)
-    network = NetworkEncoder(dinov2_spec(size, DTYPES[images.dtype]))
     return make_concerto(config, encoded_images(config, network))
 
 
@@ -77,14 +74,19 @@ def _image_branch(config: Config) -> tuple[ImageBranch, Any]:
             "config.images.encoder is empty: give a folder that launch.convert wrote of an image "
             f"encoder, or {NO_WEIGHTS!r} to try things out"
         )
-    if images.dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
+    dtype = _dtype(images)
     layers = tuple(images.layers) or None
     if images.encoder == NO_WEIGHTS:
         if layers:
             raise ValueError(f"config.images.layers is for VGG16, not for {NO_WEIGHTS!r}")
         return encoded_images(config, None), None
-    dtype = DTYPES[images.dtype]
     encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
     return encoded_images(config, encoder), params
+
+
+def _dtype(images: Config) -> Any:
+    """Of the image encoder's arithmetic, from the section `images`."""
+    if images.dtype not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
+    return DTYPES[images.dtype]
