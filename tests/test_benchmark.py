@@ -218,6 +218,21 @@ def test_the_joint_step_takes_the_images_that_are_made_for_it():
     assert "image_loss" in metrics
 
 
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"encoder": "dinov2-with-registers-huge"}, "registers-huge': known without weights are "),
+        ({"encoder": "dinov2-with-registers-small", "dtype": "half"}, "dtype is 'half', expected"),
+        ({"encoder": "untrained", "dtype": "half"}, "dtype is 'half', expected one of float32, b"),
+    ],
+)
+def test_an_image_network_without_weights_is_one_that_is_known(images, message):
+    config = small_config(concerto)
+    config.images.update(images)
+    with pytest.raises(ValueError, match=message):
+        outlined(config)
+
+
 def test_images_that_are_made_see_the_cloud_around_them():
     config = small_config(concerto)
     config.data.images.count, config.images.up_cast = 4, 1
