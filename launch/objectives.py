@@ -12,8 +12,8 @@ from point_jax.models.image_encoder import NetworkEncoder
 from point_jax.models.vit import DINOV2, dinov2_spec
 from point_jax.objectives.concerto import Concerto, ImageBranch
 from point_jax.objectives.settings import (
-    DTYPES,
     NO_WEIGHTS,
+    dtype_of,
     encoded_images,
     make_concerto,
     make_sonata,
@@ -58,7 +58,7 @@ def outlined(config: Config) -> Sonata | Concerto:
     if size not in DINOV2:
         known = ", ".join(NAMED + size for size in DINOV2)
         raise ValueError(f"config.images.encoder is {encoder!r}: known without weights are {known}")
-    network = NetworkEncoder(dinov2_spec(size, _dtype(images)))
+    network = NetworkEncoder(dinov2_spec(size, dtype_of(images, "config.images.")))
     print(f"images: {encoder}, shapes without weights", flush=True)
     return make_concerto(config, encoded_images(config, network))
 
@@ -74,7 +74,7 @@ def _image_branch(config: Config) -> tuple[ImageBranch, Any]:
             "config.images.encoder is empty: give a folder that launch.convert wrote of an image "
             f"encoder, or {NO_WEIGHTS!r} to try things out"
         )
-    dtype = _dtype(images)
+    dtype = dtype_of(images, "config.images.")
     layers = tuple(images.layers) or None
     if images.encoder == NO_WEIGHTS:
         if layers:
@@ -82,11 +82,3 @@ def _image_branch(config: Config) -> tuple[ImageBranch, Any]:
         return encoded_images(config, None), None
     encoder, params = load_image_encoder(images.encoder, dtype=dtype, layers=layers)
     return encoded_images(config, encoder), params
-
-
-def _dtype(images: Config) -> Any:
-    """Of the image encoder's arithmetic, from the section `images`."""
-    if images.dtype not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise ValueError(f"config.images.dtype is {images.dtype!r}, expected one of {known}")
-    return DTYPES[images.dtype]

@@ -127,6 +127,22 @@ def default_segmentation() -> ConfigDict:
     return ConfigDict({k: v for k, v in fields.items() if k not in ("classes", "crops")}).lock()
 
 
+def dtype_of(section: Mapping[str, Any], place: str) -> Any:
+    """The dtype of the arithmetic that a section names.
+
+    Args:
+      section: with a key "dtype".
+      place: what errors say before that key.
+
+    Raises:
+      ValueError: none of `DTYPES`.
+    """
+    name = section["dtype"]
+    if name not in DTYPES:
+        raise ValueError(f"{place}dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     """The encoder that a section `network` describes.
 
@@ -138,10 +154,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     lists = {name: tuple(network[name]) for name in _LISTS}
     if len({len(values) for values in lists.values()}) != 1:
         raise ValueError(f"{place}depths, channels and heads need one length, got {lists}")
-    if network["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{place}dtype is {network['dtype']!r}, expected one of {', '.join(DTYPES)}"
-        )
+    dtype = dtype_of(network, place)
     rotary = None
     if network["rotary_base"]:
         names = ("base", "shift", "jitter", "rescale")
@@ -163,7 +176,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
             norm=network["norm"],
             pooling=network["pooling"],
             rotary=rotary,
-            dtype=DTYPES[network["dtype"]],
+            dtype=dtype,
             remat=tuple(network["remat_levels"]) or network["remat"],
         )
 
