@@ -57,7 +57,8 @@ from point_jax.data.readers import Scan, read_cloud
 from point_jax.data.scenes import SceneError
 from point_jax.features.encoder import Encoder
 from point_jax.features.head import SegmentationHead
-from point_jax.features.load import load, load_head
+from point_jax.features.load import load, load_head, read_checkpoint
+from point_jax.interop.store import Weights
 from point_jax.training.config import ConfigError
 from point_jax.training.metrics import params_digest
 
@@ -152,8 +153,8 @@ def encode(
         yield job, Result(job.name, features, cloud, encoder.grid_size, head)
 
 
-def load_encoder(options: Options) -> Encoder:
-    """The network with the settings of the command line.
+def load_encoder(weights: Weights, options: Options) -> Encoder:
+    """The network of a checkpoint with the settings of the command line.
 
     Raises:
         ConfigError: settings that do not fit the network.
@@ -163,6 +164,7 @@ def load_encoder(options: Options) -> Encoder:
     try:
         encoder = load(
             given.checkpoint,
+            weights=weights,
             tree=given.tree,
             grid_size=given.grid_size,
             inputs=options.inputs,  # pyright: ignore[reportArgumentType]
@@ -195,8 +197,10 @@ def main(argv: Sequence[str]) -> int:
     if not jobs:
         return 0
     command.make_folder(options.given.output)
-    encoder = load_encoder(options)
-    head = load_head(options.given.checkpoint)
+    weights = read_checkpoint(options.given.checkpoint)
+    encoder = load_encoder(weights, options)
+    head = load_head(options.given.checkpoint, weights=weights)
+    del weights  # a pretraining has a second network and its heads
     layer = {} if head is None else {"kernel": head.kernel, "bias": head.bias}
     record.bind(params_digest(encoder.params | layer))
     failed: dict[Path, str] = {}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from scipy.sparse import csr_array
@@ -30,12 +29,12 @@ from point_jax.features.voxels import Voxels, voxelize
 from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.models.functional import Params
 from point_jax.models.image_encoder import ImageEncoder
+from point_jax.objectives.settings import dtype_of
 
 BATCH = 8  # images that are encoded together, always as many: one compilation
 LIFTING_LIMITS = {
     "height": limits.whole(1),
     "width": limits.whole(1),
-    "dtype": limits.one_of("float32", "bfloat16"),
     "layers": limits.each(limits.text()),
 }
 
@@ -175,8 +174,9 @@ def load_lifted(path: str | Path, section: Any) -> LiftedFeatures:
       ValueError: a wrong setting.
     """
     limits.check(section, LIFTING_LIMITS, "config.images.")
+    dtype = dtype_of(section, "config.images.")
     layers = tuple(section.layers) or None
-    encoder, params = load_image_encoder(path, dtype=jnp.dtype(section.dtype), layers=layers)
+    encoder, params = load_image_encoder(path, dtype=dtype, layers=layers)
     return LiftedFeatures(encoder, params, section.height, section.width)
 
 
