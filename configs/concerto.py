@@ -17,7 +17,7 @@ Scenes carry images as docs/data.md says; those without train on their points al
 --config.images.encoder=untrained, tiny's default, a convolutional network of 16-pixel patches that
 has learned nothing looks at the images: to try things out. With --config.data.images.features=NAME
 batches have what data_prep.image_features has stored. Start from a Sonata run with
---config.init_from=RUN.
+--config.init_from=RUN; let a larger run, that stays as it is, teach with --config.teacher=RUN.
 """
 
 from configs import sonata

@@ -31,6 +31,7 @@ def get_config(arg: str = "base") -> Config:
     config.objective = default_objective()
     config.data = default_data()
     config.probe = default_probe()
+    config.teacher = "online"  # the student's moving average; or a pretraining that stays as it is
     _rooms(config)
     sizes = {"base": _base, "small": _small, "tiny": _tiny}
     if arg not in sizes:

@@ -1,13 +1,16 @@
 """From a config to what is to be learned, image encoders included.
 
-`make_objective` reads the weights of an image encoder; `outlined` is for commands that measure a
-step and need its shapes alone.
+`make_objective` reads the weights of what stays as it is, an image encoder or a teacher; `outlined`
+is for commands that measure a step and need its shapes alone.
 """
 
 from typing import Any
 
 from point_jax.data.sources import build_sources, with_features
+from point_jax.features.load import read_checkpoint
 from point_jax.interop.image_encoders import load_image_encoder
+from point_jax.interop.offline import offline_teacher
+from point_jax.interop.store import count
 from point_jax.models.image_encoder import NetworkEncoder
 from point_jax.models.vit import DINOV2, dinov2_spec
 from point_jax.objectives.concerto import Concerto, ImageBranch
@@ -19,28 +22,34 @@ from point_jax.objectives.settings import (
     make_sonata,
     stored_images,
 )
-from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata import OFFLINE, Sonata
+from point_jax.objectives.sonata_spec import OfflineTeacher
 from point_jax.training.config import Config
 
 NAMED = "dinov2-with-registers-"
 DEFAULT = f"{NAMED}large"
+ONLINE = "online"  # the teacher that is the student's moving average
 
 
-def make_objective(config: Config) -> tuple[Sonata | Concerto, Any]:
+def make_objective(config: Config) -> tuple[Sonata | Concerto, dict[str, Any]]:
     """What a config says is to be learned: with a section `images` Concerto, without it Sonata.
 
     Returns:
-        The objective, and an image encoder's weights or None.
+        The objective, and the weights of those parts of its teacher that stay as they are.
 
     Raises:
         ValueError: a value that does not fit.
-        CheckpointError: no image encoder where `config.images.encoder` says.
+        CheckpointError: no image encoder where `config.images.encoder` says, or no teacher where
+            `config.teacher` does.
         SceneError: no features of that name beside the scenes.
     """
+    offline, params = _teacher(config)
+    frozen = {} if params is None else {OFFLINE: params}
     if "images" not in config:
-        return make_sonata(config), None
+        return make_sonata(config, offline), frozen
     images, params = _image_branch(config)
-    return make_concerto(config, images), params
+    frozen |= {} if params is None else {"image": params}
+    return make_concerto(config, images, offline), frozen
 
 
 def outlined(config: Config) -> Sonata | Concerto:
@@ -60,7 +69,27 @@ def outlined(config: Config) -> Sonata | Concerto:
         raise ValueError(f"config.images.encoder is {encoder!r}: known without weights are {known}")
     network = NetworkEncoder(dinov2_spec(size, dtype_of(images, "config.images.")))
     print(f"images: {encoder}, shapes without weights", flush=True)
-    return make_concerto(config, encoded_images(config, network))
+    return make_concerto(config, encoded_images(config, network), _teacher(config)[0])
+
+
+def _teacher(config: Config) -> tuple[OfflineTeacher | None, Any]:
+    """The teacher that a config names and its weights, (None, None) for `ONLINE`; errors as above.
+
+    Its arithmetic is the student's.
+    """
+    if config.teacher == ONLINE:
+        return None, None
+    weights, dtype = read_checkpoint(config.teacher), dtype_of(config.network, "config.network.")
+    prototypes, up_cast = config.objective.prototypes, config.objective.up_cast
+    try:
+        teacher, params = offline_teacher(
+            weights, prototypes=prototypes, up_cast=up_cast, dtype=dtype
+        )
+    except ValueError as error:
+        raise ValueError(f"config.teacher: {config.teacher} {error}") from error
+    size = count(params) / 1e6
+    print(f"teacher: {config.teacher}, {size:.1f} M parameters, stays as it is", flush=True)
+    return teacher, params
 
 
 def _image_branch(config: Config) -> tuple[ImageBranch, Any]:

@@ -29,14 +29,15 @@ from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
 from point_jax.interop.initial import initial_weights
 from point_jax.objectives.concerto import Concerto, point_losses
-from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata import OFFLINE, Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, programs, schedules
 from point_jax.training.step import make_train_step
 from point_jax.visual.pictures import FeatureScene, curves, feature_picture
 
-OF_IMAGES = ("patch_proj", "image")  # what Concerto has and Sonata has not
+# Parts of the state that not every pretraining has: Concerto's two, and a teacher of its own.
+OPTIONAL = ("patch_proj", "image", OFFLINE)
 CURVES = [
     "loss",
     ["mask_loss", "roll_loss", "unmask_loss"],
@@ -69,19 +70,19 @@ def main(argv: Sequence[str]) -> int:
         make_step=make_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
-        load_initial=partial(initial_weights, optional=OF_IMAGES),
-        load_frozen=None if frozen is None else partial(place_frozen, frozen),
+        load_initial=partial(initial_weights, optional=OPTIONAL),
+        load_frozen=partial(place_frozen, frozen) if frozen else None,
         prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
         prepare_measure=lambda: Probe(points, config.probe),
         measure_every=config.probe.every,
     )
 
 
-def place_frozen(params: Any, template: Mapping[str, Any]) -> dict[str, Any]:
-    """An image encoder's weights as a part of the teacher, placed as the template says."""
-    image = template["teacher"]["image"]
-    placed = jax.tree.map(lambda leaf, x: jax.device_put(x, leaf.sharding), image, params)
-    return {"teacher": {"image": placed}}
+def place_frozen(params: Mapping[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of parts of the teacher that stay as they are, placed as the template says."""
+    parts = {name: template["teacher"][name] for name in params}
+    placed = jax.tree.map(lambda leaf, x: jax.device_put(x, leaf.sharding), parts, dict(params))
+    return {"teacher": placed}
 
 
 def make_step(objective: Sonata | Concerto, config: config_lib.Config, devices: Mesh) -> Any:

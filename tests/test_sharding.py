@@ -1,6 +1,7 @@
 """Rules say along which dimension a parameter is cut; slices are joined and added up exactly."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -172,11 +173,14 @@ def test_what_travels_in_bfloat16_is_read_so_everywhere():
     order, count, _ = sort_row(grid, np.zeros(64, np.int32), np.ones(64, bool), 64)
     hierarchy = build_hierarchy(grid[order], np.zeros(64, np.int32), count, shape)
 
+    views = SimpleNamespace(features=jnp.ones((64, 9)), mask=jnp.zeros(64, bool), coord=None)
+    network = objective.student
+
     def value(params):
-        x = objective.backbone(params["backbone"], jnp.ones((64, 9)), hierarchy).levels
+        x = network.levels(params["backbone"], views, hierarchy, None, None)
         x = up_cast(x, hierarchy, 1)
-        heads = [objective._embed(params[head], x, count) for head in HEADS]
-        heads += [objective._directions(params[head]) for head in HEADS]
+        heads = [network.embed(params[head], x, count) for head in HEADS]
+        heads += [network.directions(params[head]) for head in HEADS]
         return sum((y**3).sum() for y in (x, *heads))
 
     found = jax.jit(jax.value_and_grad(value))

@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toy_run
@@ -90,7 +91,11 @@ def test_weights_are_read_from_there(store, tmp_path):
     for number, source in enumerate((place(remote), here)):
         assert toy(tmp_path / f"next{number}", f"--config.init_from={source}") == 0
     assert finished(tmp_path / "next0") == finished(tmp_path / "next1")
-    assert checkpoint.saved_names(place(remote)) == checkpoint.saved_names(here)
+    shapes = [
+        jax.tree.map(lambda leaf: leaf.shape, checkpoint.saved_shapes(source))
+        for source in (place(remote), here)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_mirror_tells_the_first_error_and_keeps_what_it_could_not_send(store, capsys):

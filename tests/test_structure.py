@@ -25,7 +25,7 @@ LEANS_ON = {
         *("models", "ops", "geometry", "data"),
     ),
     "measure": ("objectives", "models", "ops", "geometry", "data", "features", "training"),
-    "interop": ("models", "ops", "geometry", "objectives.settings", "training.checkpoint"),
+    "interop": ("models", "ops", "geometry", "objectives", "training.checkpoint"),
 }
 
 

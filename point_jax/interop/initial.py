@@ -24,7 +24,7 @@ def initial_weights(
         student and teacher whole; an encoder becomes the backbone of both, and heads start afresh.
       template: `student` and `teacher`, trees of `jax.ShapeDtypeStruct` with shardings.
       optional: names directly below those that start afresh where the source lacks them, as
-        Concerto's projection does when it starts from Sonata.
+        Concerto's projection does when it starts from Sonata, and stay behind where the run does.
 
     Returns:
       Trees like the template's, or parts of them.
@@ -34,8 +34,7 @@ def initial_weights(
         misshapen keys are named.
     """
     if not (source / MANIFEST).is_file():
-        wanted = _without_new(template, checkpoint.saved_names(source), optional)
-        return checkpoint.load_weights(source, wanted)
+        return _from_run(source, template, optional)
     weights = load_weights(source)
     if weights.kind == "pretraining":
         given = _with_projection(weights, template)
@@ -48,6 +47,29 @@ def initial_weights(
         raise CheckpointError(f"{source} holds one {weights.kind}; a run starts from an encoder")
     checkpoint.compare_trees(source, given, wanted)
     return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), given, wanted)
+
+
+def _from_run(
+    source: Path, template: Mapping[str, Tree], optional: Collection[str]
+) -> dict[str, Tree]:
+    saved = checkpoint.saved_shapes(source)
+    wanted = _without_new(template, saved, optional)
+    # What stays behind is read, too: a sum is over a whole part.
+    whole = next(x.sharding for x in jax.tree.leaves(wanted) if x.sharding.is_fully_replicated)
+    surplus = {
+        part: {
+            name: jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), of_part
+            )
+            for name, of_part in saved.get(part, {}).items()
+            if name in optional and name not in tree
+        }
+        for part, tree in wanted.items()
+    }
+    read = checkpoint.load_weights(
+        source, {part: tree | surplus[part] for part, tree in wanted.items()}
+    )
+    return {part: {name: read[part][name] for name in tree} for part, tree in wanted.items()}
 
 
 def _without_new(

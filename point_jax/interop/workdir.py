@@ -20,6 +20,7 @@ from point_jax.interop.store import SEGMENTOR, Weights, digest, leaves
 from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.objectives.settings import default_network, network_spec
+from point_jax.objectives.sonata import OFFLINE
 from point_jax.training import checkpoint
 from point_jax.training.checkpoint import FOLDER, CheckpointError
 
@@ -114,7 +115,7 @@ def read_workdir(workdir: Path | str) -> Weights:
     if faults:
         raise CheckpointError(f"{folder} is not of the network in {CONFIG}: {'; '.join(faults)}")
     state = jax.device_get(checkpoint.load_weights(folder, template))
-    points, extra = _without_images(state)
+    points, extra = _without_others(state)
     weights = Weights("pretraining", variant, config, points, extra)
     source = {
         "file": f"{workdir.name}/{FOLDER}/{folder.name}",
@@ -126,15 +127,17 @@ def read_workdir(workdir: Path | str) -> Weights:
     return dataclasses.replace(weights, source=source)
 
 
-def _without_images(
+def _without_others(
     state: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Student and teacher of the points, and Concerto's image branch under the original's names.
 
-    The image encoder is left out: it is as it was in the folder that the run had it from.
+    An image encoder and an offline teacher are left out: they are as they were in the folders that
+    the run had them from.
     """
+    others = ("patch_proj", "image", OFFLINE)
     points = {
-        tree: {name: part for name, part in parts.items() if name not in ("patch_proj", "image")}
+        tree: {name: part for name, part in parts.items() if name not in others}
         for tree, parts in state.items()
     }
     projection = state["student"].get("patch_proj")

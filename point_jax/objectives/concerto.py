@@ -262,11 +262,8 @@ class Concerto:
     def follow(
         self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
-        """The point teacher as a moving average; the image encoder stays as it is."""
-        image = {name: part for name, part in teacher.items() if name == "image"}
-        points = {name: part for name, part in teacher.items() if name != "image"}
-        followed = {name: student[name] for name in points}
-        return self.points.follow(points, followed, stats, schedule, good) | image
+        """As Sonata's; the image encoder stays as it is."""
+        return self.points.follow(teacher, student, stats, schedule, good)
 
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
         """Sonata's, the image loss, and how many patches it is a mean over."""

@@ -31,7 +31,7 @@ from point_jax.objectives.segmentation import (
     only_head,
 )
 from point_jax.objectives.sonata import Sonata
-from point_jax.objectives.sonata_spec import SonataSpec
+from point_jax.objectives.sonata_spec import OfflineTeacher, SonataSpec
 from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")
@@ -79,7 +79,7 @@ def default_views() -> ConfigDict:
 def default_objective() -> ConfigDict:
     """The section `objective`: Sonata's base recipe; see `SonataSpec`."""
     fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
-    left_out = ("network", "views", "shared_head")  # the last one is Concerto's
+    left_out = ("network", "views", "shared_head", "offline")  # see `make_concerto`, `sonata_spec`
     return ConfigDict({k: v for k, v in fields.items() if k not in left_out}).lock()
 
 
@@ -181,8 +181,12 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
         )
 
 
-def make_sonata(config: Any) -> Sonata:
+def make_sonata(config: Any, offline: OfflineTeacher | None = None) -> Sonata:
     """The Sonata objective of a config: its sections `network`, `views` and `objective`.
+
+    Args:
+      config: the whole config.
+      offline: the teacher that it names, if it is offline.
 
     Raises:
       ValueError: a value that does not fit, and which.
@@ -194,20 +198,23 @@ def make_sonata(config: Any) -> Sonata:
             "config.data.images.count is above 0, but Sonata looks at no image; take "
             "configs/concerto.py, or set it to 0"
         )
-    return Sonata(sonata_spec(config))
+    return Sonata(sonata_spec(config, offline))
 
 
-def make_concerto(config: Any, images: ImageBranch) -> Concerto:
+def make_concerto(
+    config: Any, images: ImageBranch, offline: OfflineTeacher | None = None
+) -> Concerto:
     """The Concerto objective of a config: Sonata's sections and `images`.
 
     Args:
       config: the whole config.
       images: from `encoded_images` or `stored_images`.
+      offline: as for `make_sonata`.
 
     Raises:
       ValueError: a value that does not fit, and which.
     """
-    points = replace(sonata_spec(config), shared_head=True)
+    points = replace(sonata_spec(config, offline), shared_head=True)
     with _errors_say("config.images."):
         spec = ConcertoSpec(points, config.images.up_cast, config.images.weight)
         return Concerto(spec, images)
@@ -271,8 +278,8 @@ def stored_images(config: Any, features: FeatureSpec) -> StoredImages:
     return StoredImages(features)
 
 
-def sonata_spec(config: Any) -> SonataSpec:
-    """What `make_sonata` makes the objective of; the same errors."""
+def sonata_spec(config: Any, offline: OfflineTeacher | None = None) -> SonataSpec:
+    """What `make_sonata` makes the objective of; the same arguments and errors."""
     network = network_spec(config.network)
     if network.stem == "conv" or network.norm == "batch":
         raise ValueError(
@@ -288,7 +295,8 @@ def sonata_spec(config: Any) -> SonataSpec:
     with _errors_say("config.views."):
         views = ViewSpec(**views)
     with _errors_say("config.objective."):
-        return SonataSpec(network=network, views=views, **_tuples(config.objective.to_dict()))
+        sizes = _tuples(config.objective.to_dict())
+        return SonataSpec(network=network, views=views, offline=offline, **sizes)
 
 
 # What trains beside the linear layer.

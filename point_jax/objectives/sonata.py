@@ -1,12 +1,14 @@
 """Sonata (arXiv:2503.16429): self-distillation of a point encoder.
 
-The teacher, a moving average of the student, sees two large views of a scene. The student sees the
-same two with blocks of points masked and jittered, and four small views. For every point of the
-student the nearest point of a teacher's view says to which prototypes it belongs: the same view
-(mask), the other one (roll), and for the small views the major one (unmask). Sinkhorn-Knopp over
-the global batch keeps the prototypes evenly used.
+The teacher, a moving average of the student, sees two large views of a scene. (Or it is offline, a
+network of its own that stays as it is, as in Pointcept's distillation of Concerto.) The student
+sees the same two with blocks of points masked and jittered, and four small views. For every point
+of the student the nearest point of a teacher's view says to which prototypes it belongs: the same
+view (mask), the other one (roll), and for the small views the major one (unmask). Sinkhorn-Knopp
+over the global batch keeps the prototypes evenly used.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -14,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.hierarchy import Hierarchy
-from point_jax.models.functional import Params, functional
-from point_jax.models.heads import OnlineCluster, start_prototypes
-from point_jax.models.ptv3 import PTv3, up_cast
+from point_jax.models.functional import Params
+from point_jax.models.ptv3 import up_cast
+from point_jax.objectives.headed import HEADS, HeadedEncoder
 from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import (
     LOSSES,
@@ -33,7 +35,7 @@ from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
 
 SINKHORN_STEPS = 3
-HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
+OFFLINE = "offline"  # of the teacher's parameters, what gives the targets and stays as it is
 
 
 class Piece(NamedTuple):
@@ -59,42 +61,50 @@ class Piece(NamedTuple):
 
 
 class Sonata:
-    """The objective's functions; see `interface.Objective`. Immutable."""
+    """The objective's functions; see `interface.Objective`. Immutable.
+
+    The teacher's parameters are the student's moving average, under the same names, and if the
+    teacher is offline, its own as the part `OFFLINE`. The average is what a run leaves either way.
+
+    Attributes:
+      spec: the settings.
+      student: the network that learns.
+      teacher: the one that gives the targets.
+      rows: makes rows, and their structure for the student.
+      teacher_rows: their structure for the teacher.
+      teacher_heads: of the teacher, for each of the student's sides, the head that it meets.
+    """
 
     scenes_per_row = 1
 
     def __init__(self, spec: SonataSpec):
         self.spec = spec
-        network = spec.network
-        inputs = sum(stage.channels for stage in network.encoder[-1 - spec.up_cast :])
-        self._init_backbone, self.backbone = functional(lambda rngs: PTv3(network, rngs=rngs))
-        self._init_head, self._head = functional(
-            lambda rngs: OnlineCluster(
-                inputs, spec.hidden, spec.embed, spec.prototypes, network.dtype, rngs=rngs
-            )
-        )
+        sizes = spec.prototypes, spec.up_cast
+        self.student = HeadedEncoder(spec.network, spec.hidden, spec.embed, *sizes)
         self.rows = spec.rows
-        # Whose embeddings are compared with those of each of the student's sides.
+        self.teacher, self.teacher_rows = self.student, self.rows
+        if given := spec.offline:
+            self.teacher = HeadedEncoder(given.network, given.hidden, given.embed, *sizes)
+            self.teacher_rows = replace(spec.rows, network=given.network)
         self.teacher_heads = (HEADS[0], HEADS[0]) if spec.shared_head else HEADS
 
     def __repr__(self) -> str:
         return f"Sonata({self.spec!r})"
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
-        """Parameters of the student, backbone, mask_head and unmask_head, and the same again."""
-        keys = jax.random.split(key, 5)
-        params = {"backbone": self._init_backbone(keys[0])}
-        for name, head_key, key in zip(HEADS, keys[1:3], keys[3:], strict=True):
-            head = self._init_head(head_key)
-            prototypes = start_prototypes(key, head["prototypes"].shape)
-            params[name] = head | {"prototypes": prototypes}
-        return params, jax.tree.map(jnp.copy, params)
+        """Parameters of the student, and the same again with those of an offline teacher."""
+        student = self.student.init(key)
+        teacher = jax.tree.map(jnp.copy, student)
+        if self.spec.offline:
+            teacher[OFFLINE] = self.teacher.init(jax.random.fold_in(key, 0))
+        return student, teacher
 
     def read_as(self, name: str) -> jnp.dtype:
         """The network's dtype for the kernels of backbone and heads: layers cast them first."""
-        part, last = name.split(".")[0], name.split(".")[-1]
+        reader = self.teacher if name.startswith(f"{OFFLINE}.") else self.student
+        part, *_, last = name.removeprefix(f"{OFFLINE}.").split(".")
         cast = part in ("backbone", *HEADS) and last == "kernel"
-        return self.spec.network.dtype if cast else jnp.float32
+        return reader.network.dtype if cast else jnp.float32
 
     def prepare(self, scenes: Scene, key: jax.Array, schedule: Schedule) -> tuple[Row, Stats]:
         """Views, masks and matches of a scene; see `RowMaker.make`."""
@@ -103,9 +113,13 @@ class Sonata:
     def follow(
         self, teacher: Params, student: Params, stats: Stats, schedule: Schedule, good: jax.Array
     ) -> Params:
-        """The teacher as a moving average of the student, by `momentum`."""
+        """The moving average of the student, by `momentum`; other parts stay as they are."""
         del stats
-        return move_teacher(teacher, student, jnp.where(good, schedule["momentum"], 1.0))
+        momentum = jnp.where(good, schedule["momentum"], 1.0)
+        return {
+            name: move_teacher(part, student[name], momentum) if name in student else part
+            for name, part in teacher.items()
+        }
 
     @jax.named_scope("losses")
     def targets(
@@ -126,10 +140,11 @@ class Sonata:
           axis: the mesh axes over which the batch is spread; None for one device.
         """
         order_key = jax.random.fold_in(key, 0)
+        teacher = teacher.get(OFFLINE, teacher)
 
         def embed(views: Views) -> tuple[dict[str, jax.Array], Stats]:
-            hierarchy, level = self.rows.structure(views), views.level
-            levels = self.levels(teacher["backbone"], views, hierarchy, order_key, None)
+            hierarchy, level = self.teacher_rows.structure(views), views.level
+            levels = self.teacher.levels(teacher["backbone"], views, hierarchy, order_key, None)
             x = up_cast(levels, hierarchy, self.spec.up_cast)
             used = jnp.where(level.valid[:, None], x.astype(jnp.float32), 0.0)
             stats = {
@@ -138,10 +153,10 @@ class Sonata:
                 "feature_square": (used * used).sum(0),
             }
             heads = dict.fromkeys(self.teacher_heads)
-            return {head: self._embed(teacher[head], x, level.used) for head in heads}, stats
+            return {head: self.teacher.embed(teacher[head], x, level.used) for head in heads}, stats
 
         embeddings, stats = jax.lax.map(embed, rows.teacher)
-        directions = {head: self._directions(teacher[head]) for head in self.teacher_heads}
+        directions = {head: self.teacher.directions(teacher[head]) for head in self.teacher_heads}
         scales = self._sinkhorn(embeddings, directions, rows, schedule, axis)
         views = self._matched_views(rows, axis)
         # One entry more: the loss that there is none of.
@@ -265,7 +280,8 @@ class Sonata:
         """The student's features of every level of a piece, and its structure; as for `loss`."""
         order_key = jax.random.fold_in(key, 1 + piece.side)
         hierarchy = self.rows.structure(piece.views)
-        levels = self.levels(student["backbone"], piece.views, hierarchy, order_key, piece.key)
+        backbone, noise_key = student["backbone"], piece.key
+        levels = self.student.levels(backbone, piece.views, hierarchy, order_key, noise_key)
         return levels, hierarchy
 
     @jax.named_scope("losses")
@@ -287,7 +303,8 @@ class Sonata:
             lambda first, second: jnp.where(piece.side == 0, first, second),
             *(student[head] for head in HEADS),
         )
-        embedding, directions = self._embed(head, x, level.used), self._directions(head)
+        embedding = self.student.embed(head, x, level.used)
+        directions = self.student.directions(head)
 
         def compare(this: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, Sums]:
             loss, match = this
@@ -316,26 +333,6 @@ class Sonata:
         }
         stats = jax.lax.stop_gradient(stats | {"rows": piece.scenes})
         return (values[:, None] * mine).sum(0), stats
-
-    def levels(
-        self,
-        backbone: Params,
-        views: Views,
-        hierarchy: Hierarchy,
-        order_key: jax.Array | None,
-        noise_key: jax.Array | None,
-    ) -> tuple[jax.Array, ...]:
-        """(N, C) backbone features of every level of a row, finest first."""
-        clouds = len(hierarchy[0].starts) - 1
-        return self.backbone(
-            backbone,
-            views.features,
-            hierarchy,
-            mask=views.mask if self.spec.network.mask_token else None,
-            coord=views.coord,
-            order_key=order_key,
-            noise_keys=None if noise_key is None else jax.random.split(noise_key, clouds),
-        ).levels
 
     @jax.named_scope("losses")
     def metrics(self, stats: Stats) -> dict[str, jax.Array]:
@@ -370,14 +367,6 @@ class Sonata:
         for name in ("cut", "padding", "masked"):
             out[name] = stats[name] / jnp.maximum(stats["rows"], 1.0)
         return out
-
-    @jax.named_scope("heads")
-    def _embed(self, head: Params, x: jax.Array, count: jax.Array) -> jax.Array:
-        return self._head(head, x, count, method="embed")
-
-    @jax.named_scope("heads")
-    def _directions(self, head: Params) -> jax.Array:
-        return self._head(head, method="directions")
 
 
 def _use(mean: jax.Array) -> jax.Array:

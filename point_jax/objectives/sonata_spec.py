@@ -22,6 +22,20 @@ SONATA_LIMITS = {
 
 
 @dataclass(frozen=True)
+class OfflineTeacher:
+    """A network that teaches and stays as it is.
+
+    Attributes:
+      network: the encoder; its drop path does nothing.
+      hidden, embed: sizes of its heads.
+    """
+
+    network: PTv3Spec
+    hidden: int
+    embed: int
+
+
+@dataclass(frozen=True)
 class SonataSpec:
     """The objective; the defaults are the original's.
 
@@ -38,6 +52,8 @@ class SonataSpec:
       match_radius: farthest match, metres.
       matched_views_only: leave views without any match out of the mean instead of counting 0.
       shared_head: the teacher's mask head also gives the targets of the unmask loss (Concerto).
+      offline: the teacher, where it is no moving average of the student. Of any width and depth,
+        with as many levels and prototypes.
     """
 
     network: PTv3Spec
@@ -53,6 +69,7 @@ class SonataSpec:
     match_radius: float = 0.32
     matched_views_only: bool = False
     shared_head: bool = False
+    offline: OfflineTeacher | None = None
 
     def __post_init__(self) -> None:
         limits.check(vars(self), SONATA_LIMITS)
@@ -69,6 +86,16 @@ class SonataSpec:
             raise ValueError("weights[1], the roll loss, needs views.global_count of at least 2")
         if self.views.local_count < 1:
             raise ValueError("weights[2], the unmask loss, needs views.local_count of at least 1")
+        if self.offline and len(self.offline.network.encoder) != levels:
+            raise ValueError(
+                f"the offline teacher has {len(self.offline.network.encoder)} levels, the encoder "
+                f"{levels}: points are compared on a level of both"
+            )
+        if self.offline and self.offline.network.inputs != self.network.inputs:
+            raise ValueError(
+                f"the offline teacher reads {self.offline.network.inputs} channels a point, the "
+                f"encoder {self.network.inputs}: both see the same views"
+            )
 
     @property
     def rows(self) -> RowMaker:

@@ -173,8 +173,8 @@ def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
     return state
 
 
-def saved_names(source: Path) -> dict[str, list[str]]:
-    """Part -> names directly below it in a run's newest checkpoint; `source` as in `load_weights`.
+def saved_shapes(source: Path) -> dict[str, Tree]:
+    """Part -> tree of things with shape and dtype; `source` as in `load_weights`.
 
     Raises:
         CheckpointError: no checkpoint there, or it cannot be read.
@@ -184,7 +184,7 @@ def saved_names(source: Path) -> dict[str, list[str]]:
         saved = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder / "state")).tree
     except Exception as error:
         raise CheckpointError(f"cannot read checkpoint {folder}: {error}") from error
-    return {part: list(tree) for part, tree in saved.items() if isinstance(tree, Mapping)}
+    return {part: tree for part, tree in saved.items() if isinstance(tree, Mapping)}
 
 
 def any_saved(workdir: Path) -> bool:

@@ -38,6 +38,7 @@ ADDED |= {"data.images.count": 0, "data.images.height": 224, "data.images.width"
 ADDED |= {"data.images.features": "", "images.height": 30, "images.width": 40}
 ADDED |= {"images.dtype": "float32", "images.layers": [], "head": "random"}
 ADDED |= {"network.remat_levels": [], "crops.drop_probability": 1.0}
+ADDED |= {"teacher": "online"}
 ADDED |= {"mesh.fsdp": 1, "mesh.rules": [["", "largest"]], "mesh.smallest": 65_536}
 
 OPTIONAL = ("schedule",)  # sections that only some objectives read
