@@ -77,18 +77,19 @@ def _teacher(config: Config) -> tuple[OfflineTeacher | None, Any]:
 
     Its arithmetic is the student's.
     """
-    if config.teacher == ONLINE:
+    path = config.get("teacher", ONLINE)
+    if path == ONLINE:
         return None, None
-    weights, dtype = read_checkpoint(config.teacher), dtype_of(config.network, "config.network.")
+    weights, dtype = read_checkpoint(path), dtype_of(config.network, "config.network.")
     prototypes, up_cast = config.objective.prototypes, config.objective.up_cast
     try:
         teacher, params = offline_teacher(
             weights, prototypes=prototypes, up_cast=up_cast, dtype=dtype
         )
     except ValueError as error:
-        raise ValueError(f"config.teacher: {config.teacher} {error}") from error
+        raise ValueError(f"config.teacher: {path} {error}") from error
     size = count(params) / 1e6
-    print(f"teacher: {config.teacher}, {size:.1f} M parameters, stays as it is", flush=True)
+    print(f"teacher: {path}, {size:.1f} M parameters, stays as it is", flush=True)
     return teacher, params
 
 

@@ -11,7 +11,7 @@ from point_jax.geometry.hierarchy import build_hierarchy, sort_row
 from point_jax.geometry.patches import patches_used
 from point_jax.measure import work
 from point_jax.models.spec import PTv3Spec, StageSpec
-from point_jax.objectives.sonata_spec import SonataSpec
+from point_jax.objectives.sonata_spec import OfflineTeacher, SonataSpec
 from point_jax.ops import attention_loop, conv_pairs
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.gather import take_rows
@@ -92,6 +92,22 @@ def test_a_step_needs_the_teacher_once_and_the_student_three_times():
     assert got["losses"].needed == scores * (3 * 2 + 3 * 3 + 3 * 1)
     # three losses: three steps of Sinkhorn, 2 products forward, 4 backward
     assert got["losses"].done == scores * 8 * 3 * (3 + 2 + 4)
+
+
+def test_an_offline_teacher_is_counted_at_its_own_size():
+    sizes = dict(shares=(1.0, 0.5), hidden=32, embed=4, prototypes=10, up_cast=1)
+    wide = dataclasses.replace(SPEC, encoder=(StageSpec(2, 16, 2, 4), StageSpec(1, 32, 2, 4)))
+    levels = work.count_levels(np.array([[0, 0, 0], [1, 0, 0], [4, 0, 0]]), (8, 4))
+    online = work.sonata_work(SonataSpec(SPEC, **sizes), *3 * (levels,))
+    teacher = OfflineTeacher(wide, hidden=64, embed=6)
+    got = work.sonata_work(SonataSpec(SPEC, **sizes, offline=teacher), *3 * (levels,))
+    small, large = work.network_work(SPEC, levels), work.network_work(wide, levels)
+    for part in small:
+        assert got[part].needed == online[part].needed - small[part].needed + large[part].needed
+    more = 2 * (48 * 64 + 64 * 6) - 2 * (24 * 32 + 32 * 4)  # of a point, each of two heads
+    assert got["heads"].needed == online["heads"].needed + 3 * 2 * more
+    assert got["losses"].needed == online["losses"].needed + 2 * 10 * (6 - 4) * 3 * 2
+    assert got["losses"].done == online["losses"].done + 2 * 10 * (6 - 4) * 8 * 3 * (3 + 2)
 
 
 @pytest.mark.parametrize("clouds", [1, 4])

@@ -29,9 +29,9 @@ from point_jax.ops.prototypes import points_done
 from point_jax.ops.rowwise import rows_done
 
 FORWARD, TRAINED = 1, 3  # products of a layer: its own; and those of the two gradients
-# Of every loss with the prototypes: Sinkhorn-Knopp; the student's and the teacher's scores, both
-# again in the backward pass, and the gradients of points and prototypes.
-_LOSS_PRODUCTS = SINKHORN_STEPS + 2 + 2 + 2
+# Of every loss with the prototypes. Of the teacher's embeddings: Sinkhorn-Knopp, and the scores
+# twice, the second time backward. Of the student's: the scores, so too, and two gradients.
+_TEACHER_PRODUCTS, _STUDENT_PRODUCTS = SINKHORN_STEPS + 2, 2 + 2
 _AXIS = 17  # bits of a key for each axis: 16, and one more for neighbours outside
 
 
@@ -210,22 +210,24 @@ def sonata_work(
     The teacher passes forward, the student forward and backward. Scores against the prototypes
     are needed once for every point and head (`losses`).
     """
-    network = spec.network
-    inputs = sum(stage.channels for stage in network.encoder[-1 - spec.up_cast :])
+    student, guide = (spec.network, spec.hidden, spec.embed), spec.offline
+    given = student if guide is None else (guide.network, guide.hidden, guide.embed)
+    embeds = _TEACHER_PRODUCTS * given[2] + _STUDENT_PRODUCTS * spec.embed
     parts = []
-    for levels, trained, heads, losses in (
-        (teacher, False, 2, 0),
-        (masked, True, 1, 2),  # mask, roll
-        (local, True, 1, 1),  # unmask
+    for levels, trained, heads, losses, (network, hidden, embed) in (
+        (teacher, False, 2, 0, given),
+        (masked, True, 1, 2, student),  # mask, roll
+        (local, True, 1, 1, student),  # unmask
     ):
+        inputs = sum(stage.channels for stage in network.encoder[-1 - spec.up_cast :])
         parts.append(network_work(network, levels, trained))
         level, products = levels[-1 - spec.up_cast], TRAINED if trained else FORWARD
         rows = rows_done(level.capacity, level.points)
-        first = _linear(level.points, rows, inputs * spec.hidden, products, int(trained))
-        second = _linear(level.points, rows, spec.hidden * spec.embed, products)
+        first = _linear(level.points, rows, inputs * hidden, products, int(trained))
+        second = _linear(level.points, rows, hidden * embed, products)
         parts += [{"heads": first.times(heads)}, {"heads": second.times(heads)}]
-        scores = 2.0 * spec.prototypes * spec.embed
-        compared = losses * _LOSS_PRODUCTS * points_done(level.capacity, level.points)
-        needed = heads * products * level.points
-        parts.append({"losses": Work(scores * needed, scores * compared)})
+        score = 2.0 * spec.prototypes
+        compared = losses * embeds * points_done(level.capacity, level.points)
+        needed = heads * products * embed * level.points
+        parts.append({"losses": Work(score * needed, score * compared)})
     return {part: work for part, work in add(*parts).items() if work.needed}
