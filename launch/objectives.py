@@ -4,10 +4,13 @@
 is for commands that measure a step and need its shapes alone.
 """
 
+from dataclasses import replace
 from typing import Any
 
+import jax
+
 from point_jax.data.sources import build_sources, with_features
-from point_jax.features.load import read_checkpoint
+from point_jax.features.load import read_checkpoint, trained_grid_size
 from point_jax.interop.image_encoders import load_image_encoder
 from point_jax.interop.offline import offline_teacher
 from point_jax.interop.store import count
@@ -20,6 +23,7 @@ from point_jax.objectives.settings import (
     encoded_images,
     make_concerto,
     make_sonata,
+    sonata_spec,
     stored_images,
 )
 from point_jax.objectives.sonata import OFFLINE, Sonata
@@ -73,23 +77,24 @@ def outlined(config: Config) -> Sonata | Concerto:
 
 
 def _teacher(config: Config) -> tuple[OfflineTeacher | None, Any]:
-    """The teacher that a config names and its weights, (None, None) for `ONLINE`; errors as above.
-
-    Its arithmetic is the student's.
-    """
+    """A config's teacher and its weights, (None, None) for `ONLINE`; errors as above."""
     path = config.get("teacher", ONLINE)
     if path == ONLINE:
         return None, None
-    weights, dtype = read_checkpoint(path), dtype_of(config.network, "config.network.")
-    prototypes, up_cast = config.objective.prototypes, config.objective.up_cast
+    weights = read_checkpoint(path)
+    student = replace(sonata_spec(config), shared_head="images" in config)
     try:
-        teacher, params = offline_teacher(
-            weights, prototypes=prototypes, up_cast=up_cast, dtype=dtype
-        )
+        teacher, params = offline_teacher(weights, student)
     except ValueError as error:
         raise ValueError(f"config.teacher: {path} {error}") from error
-    size = count(params) / 1e6
-    print(f"teacher: {path}, {size:.1f} M parameters, stays as it is", flush=True)
+    if jax.process_index() == 0:
+        file, size = weights.source.get("file", path), count(params) / 1e6
+        voxels = trained_grid_size(weights), student.views.grid_size
+        print(
+            f"teacher: {path} ({file}), {size:.1f} M parameters, stays as it is; it has learned "
+            f"from voxels of {voxels[0]} m and sees {voxels[1]} m",
+            flush=True,
+        )
     return teacher, params
 
 

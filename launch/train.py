@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         make_step=make_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
-        load_initial=partial(initial_weights, optional=OPTIONAL),
+        load_initial=partial(initial_weights, optional=OPTIONAL, apart=set(frozen)),
         load_frozen=partial(place_frozen, frozen) if frozen else None,
         prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
         prepare_measure=lambda: Probe(points, config.probe),

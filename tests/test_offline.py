@@ -1,27 +1,29 @@
 """A teacher that stays as it is: its targets, what a run keeps and leaves, and who may teach."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+import test_concerto
 from small import Step, get_config, schedule, small_batch, small_config
 
 import point_jax
-from configs import concerto
 from launch import command, train
 from launch.objectives import make_objective
+from point_jax.interop.initial import initial_weights
 from point_jax.interop.offline import offline_teacher
 from point_jax.interop.release import config_of
 from point_jax.interop.store import Weights, save_weights
-from point_jax.interop.workdir import read_workdir
+from point_jax.interop.workdir import data_sources, read_workdir
 from point_jax.objectives.settings import make_sonata
 from point_jax.objectives.sonata import OFFLINE
 from point_jax.objectives.sonata_spec import OfflineTeacher
-from point_jax.training.checkpoint import CheckpointError, load_weights, saved_shapes
+from point_jax.training.checkpoint import CheckpointError, Checkpoints, load_weights, saved_shapes
+from point_jax.training.mesh import arrange, put_batch
 from point_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -48,79 +50,114 @@ def pretraining(config, seed=7):
     return Weights("pretraining", *config_of(objective.spec.network), params)
 
 
-@pytest.fixture(scope="module")
-def online():
-    return Step(small_config(), Mesh(np.array(jax.devices()[:1]), ("data",)))
-
-
-@pytest.fixture(scope="module")
-def offline(online):
-    """The same, with a teacher of the student's size beside its average."""
+@pytest.mark.devices(2)
+def test_it_gives_the_targets_that_an_average_of_its_weights_would():
+    """Also where two devices share a copy of it. The run's own average takes no part."""
+    config, shared = small_config(), small_config()
+    online = Step(config, arrange(jax.devices()[:1]))
+    shared.mesh.fsdp, shared.mesh.smallest = 2, 0
     spec = online.objective.spec
-    config = small_config()
     teacher = OfflineTeacher(spec.network, spec.hidden, spec.embed)
-    return Step(config, online.mesh, make_sonata(config, teacher))
+    objective = make_sonata(shared, teacher)
+    offline = Step(shared, arrange(jax.devices()[:2], 2), objective)
+    average = jax.tree.map(np.asarray, online.make()["teacher"])
+    half = jax.tree.map(lambda x: x / 2, average)
 
-
-def with_teacher(step, params):
-    """The step's start, with these weights for the teacher that stays."""
-    state = step.make()
-    return state | {"teacher": state["teacher"] | {OFFLINE: jax.tree.map(np.array, params)}}
-
-
-def advance(step, state, **changes):
-    placed = small_batch()
-    new, metrics = step.step(state, placed, schedule(**changes), step.key)
-    return jax.tree.map(np.asarray, new), {k: float(v) for k, v in metrics.items()}
-
-
-def test_it_gives_the_targets_that_an_average_of_its_weights_would(online, offline):
-    """And the run's own average follows the student as if it taught."""
-    shared = jax.tree.map(np.asarray, online.make()["teacher"])
-    want, expected = advance(online, online.make())
-    state, metrics = advance(offline, with_teacher(offline, shared))
-    assert metrics == pytest.approx(expected, rel=1e-5)
-    for name in ("student", "mu", "teacher"):
-        got = {key: part for key, part in state[name].items() if key != OFFLINE}
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want[name]
+    def advance(given, own):
+        """From the start with these weights for the teacher that stays, and for the average."""
+        state = offline.make()
+        parts = own | {OFFLINE: given}
+        placed = jax.tree.map(
+            lambda leaf, x: jax.device_put(x, leaf.sharding), state["teacher"], parts
         )
-    jax.tree.map(np.testing.assert_array_equal, state["teacher"][OFFLINE], shared)
+        batch = put_batch(offline.mesh, small_batch(), 8)
+        state, metrics = offline.step(state | {"teacher": placed}, batch, schedule(), offline.key)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        return jax.tree.map(np.asarray, state), metrics
 
-
-def test_the_student_learns_from_it_and_not_from_the_average(offline):
-    """Another teacher gives another loss; another average gives the same."""
-    start = jax.tree.map(np.asarray, offline.make())["teacher"]
-    first, others = start[OFFLINE], jax.tree.map(np.negative, start[OFFLINE])
-    _, one = advance(offline, with_teacher(offline, first))
-    _, other = advance(offline, with_teacher(offline, others))
-    assert abs(one["loss"] - other["loss"]) > 1e-3
-    state = with_teacher(offline, first)
-    halved = {k: v if k == OFFLINE else jax.tree.map(lambda x: x / 2, v) for k, v in start.items()}
-    _, same = advance(offline, state | {"teacher": halved | {OFFLINE: first}})
-    assert same["loss"] == one["loss"]
+    want, expected = online(small_batch())
+    state, metrics = advance(average, average)
+    assert metrics == pytest.approx(expected, rel=2e-5, abs=1e-6)
+    for x, y in zip(*map(jax.tree.leaves, (state["mu"], want["mu"])), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-4 * max(1e-3, np.abs(y).max()))
+    kept = state["teacher"].pop(OFFLINE)
+    jax.tree.map(np.testing.assert_array_equal, kept, average)
+    jax.tree.map(
+        lambda a, t, s: np.testing.assert_allclose(a, 0.9 * t + 0.1 * s, atol=1e-6),
+        *(state["teacher"], average, state["student"]),
+    )
+    _, same = advance(average, half)
+    assert same["loss"] == metrics["loss"]
+    _, other = advance(jax.tree.map(np.negative, average), average)
+    assert abs(other["loss"] - metrics["loss"]) > 1e-3
 
 
 def test_of_a_checkpoint_the_average_teaches():
     weights = pretraining(wider())
-    teacher, params = offline_teacher(weights, prototypes=16, up_cast=1)
+    teacher, params = offline_teacher(weights, make_sonata(small_config()).spec)
     assert [stage.channels for stage in teacher.network.encoder] == [12, 24]
     assert (teacher.hidden, teacher.embed) == (24, 12)
     jax.tree.map(np.testing.assert_array_equal, params, weights.params["teacher"])
 
 
-def test_concerto_has_both_what_its_images_need_and_the_teacher(tmp_path):
-    save_weights(tmp_path / "w", pretraining(wider(**{"network.rotary_base": 0.0})))
-    config = small_config(concerto)
-    config.images.up_cast, config.teacher = 1, str(tmp_path / "w")
-    config.network.rotary_base = 0.0
+def test_concerto_keeps_its_image_encoder_and_the_teacher_of_whose_heads_it_needs_one(tmp_path):
+    weights = pretraining(wider())
+    del weights.params["teacher"]["unmask_head"]
+    save_weights(tmp_path / "w", weights)
+    config = test_concerto.config_of()
+    config.teacher = str(tmp_path / "w")
     objective, frozen = make_objective(config)
     assert set(frozen) == {OFFLINE}  # the image encoder is the untrained one
-    student, teacher = jax.eval_shape(objective.init, jax.random.key(0))
-    kept = jax.eval_shape(
-        objective.follow, teacher, student, {}, schedule(), jax.ShapeDtypeStruct((), bool)
+    assert set(frozen[OFFLINE]) == {"backbone", "mask_head"}
+
+    def step(batch):
+        student, teacher = objective.init(jax.random.key(0))
+        key, given = jax.random.key(1), schedule()
+        row, _ = objective.prepare({k: v[:1] for k, v in batch.items()}, key, given)
+        targets = objective.targets(teacher, jax.tree.map(lambda x: x[None], row), key, given)
+        piece = jax.tree.map(lambda x: x[0], targets.pieces)
+        loss, _ = objective.loss(student, piece, targets.shared, key, given)
+        return loss, teacher, objective.follow(teacher, student, {}, given, np.bool_(True))
+
+    loss, teacher, followed = jax.eval_shape(step, test_concerto.batch_of())
+    assert loss.shape == () and followed == teacher and {"image", OFFLINE} < set(teacher)
+    wide = jax.eval_shape(lambda: frozen[OFFLINE])
+    assert teacher[OFFLINE] == wide
+    del weights.params["teacher"]["mask_head"]
+    with pytest.raises(ValueError, match="has no mask_head"):
+        offline_teacher(weights, objective.points.spec)
+
+
+def test_a_start_from_another_run_leaves_the_teacher_to_its_checkpoint(tmp_path):
+    """Of whatever size the other's was."""
+    whole = pretraining(small_config())
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), whole.params
     )
-    assert kept == teacher and {"image", OFFLINE} < set(teacher)
+    teacher = shapes["teacher"] | {OFFLINE: jax.ShapeDtypeStruct((3,), np.float32)}
+    state = whole.params | {"teacher": whole.params["teacher"] | {OFFLINE: np.zeros(4)}}
+    saved = Checkpoints(tmp_path, 1)
+    saved.save(1, jax.tree.map(jax.numpy.asarray, state), {"scenes": 1})
+    saved.close()
+    template = {"student": shapes["student"], "teacher": teacher}
+    got = initial_weights(tmp_path, template, (OFFLINE,), {OFFLINE})
+    jax.tree.map(np.testing.assert_array_equal, got, whole.params)
+
+
+def test_what_a_run_knows_is_from_all_that_taught_it(tmp_path):
+    def run(name, **config):
+        (tmp_path / name / "checkpoints" / "1").mkdir(parents=True)
+        content = {"config": {"data": {"sources": [{"kind": name}]}} | config}
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+        return str(tmp_path / name)
+
+    first = run("first", init_from="", teacher="online")
+    second = run("second", init_from=first, teacher="online")
+    third = run("third", init_from=second, teacher=f"{first}/checkpoints/1")
+    kinds = [source["kind"] for source in data_sources(Path(third)) or ()]
+    assert kinds == ["third", "second", "first", "first"]
+    assert data_sources(Path(run("fourth", teacher="/gone"))) is None
 
 
 def run(workdir, *arguments):
@@ -162,12 +199,12 @@ def test_a_run_learns_from_a_larger_one_goes_on_alike_and_is_read(tmp_path, monk
     ("weights", "changes", "message"),
     [
         (wider(), {"objective.prototypes": 8}, "has 16 prototypes: give config.objective.prot"),
-        (wider(), {"objective.up_cast": 0}, "heads for 36 channels.*give config.objective.up_cast"),
+        (wider(), {"objective.up_cast": 0}, "for 36 channels.*give config.objective.up_cast=1"),
         (
             wider(**{"network.depths": (1, 1, 1), "network.channels": (12, 12, 24),
                      "network.heads": (2, 2, 4), "objective.shares": (1.0, 0.5, 0.2)}),
             {},
-            "the offline teacher has 3 levels, the encoder 2",
+            "config.teacher: .*w offline has 3 levels, the student 2",
         ),
         (None, {}, "holds one encoder, expected a pretraining"),
         ("missing", {}, "no such folder"),

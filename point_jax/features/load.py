@@ -57,14 +57,18 @@ def load(
     spec = spec_of(weights.config, weights.variant, dtype)
     if inputs is None and spec.inputs == 3 * len(INPUTS):
         inputs = INPUTS
-    trained_with = weights.source.get("grid_size") or GRID_SIZE[weights.variant]
     return Encoder(
         spec,
         jax.tree.map(jnp.asarray, params["backbone"]),
-        grid_size=trained_with if grid_size is None else grid_size,
+        grid_size=trained_grid_size(weights) if grid_size is None else grid_size,
         inputs=inputs,
         **options,
     )
+
+
+def trained_grid_size(weights: Weights) -> float:
+    """Edge of a voxel that a network was trained with, metres; a release's where none is stored."""
+    return weights.source.get("grid_size") or GRID_SIZE[weights.variant]
 
 
 def load_head(path: str | Path, *, weights: Weights | None = None) -> SegmentationHead | None:

@@ -27,10 +27,10 @@ from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
+from point_jax.objectives.sonata_spec import HEADS
 from point_jax.training.checkpoint import CheckpointError
 
 TREES = ("student", "teacher")
-HEADS = ("mask_head", "unmask_head")
 MODULE = "module."  # what Pointcept's keys start with when several GPUs trained
 
 # Concerto's and Utonia's image branch: it has no place in `params` and is carried along. Its heads

@@ -15,7 +15,10 @@ Tree = Any  # nested dicts of arrays
 
 
 def initial_weights(
-    source: Path, template: Mapping[str, Tree], optional: Collection[str] = ()
+    source: Path,
+    template: Mapping[str, Tree],
+    optional: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> dict[str, Tree]:
     """The parts of a new run's state that a checkpoint gives it.
 
@@ -25,6 +28,7 @@ def initial_weights(
       template: `student` and `teacher`, trees of `jax.ShapeDtypeStruct` with shardings.
       optional: names directly below those that start afresh where the source lacks them, as
         Concerto's projection does when it starts from Sonata, and stay behind where the run does.
+      apart: those of them that the run has from elsewhere, whatever the source holds.
 
     Returns:
       Trees like the template's, or parts of them.
@@ -33,6 +37,10 @@ def initial_weights(
       CheckpointError: nothing there, damaged, or of another network: all missing, extra and
         misshapen keys are named.
     """
+    template = {
+        part: {name: leaf for name, leaf in tree.items() if name not in apart}
+        for part, tree in template.items()
+    }
     if not (source / MANIFEST).is_file():
         return _from_run(source, template, optional)
     weights = load_weights(source)

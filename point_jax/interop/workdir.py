@@ -52,15 +52,24 @@ def find_run(path: Path) -> tuple[Path, int] | None:
 
 
 def data_sources(path: Path) -> list[Mapping[str, Any]] | None:
-    """What a run was trained on, as its config lists it; None for a path that is no run's.
+    """What a run was trained on, with those that it started from and that taught it.
 
     Args:
       path: see `find_run`; the same errors.
+
+    Returns:
+      Sources as the configs list them; None where one of these is no run whose folder is here.
     """
     found = find_run(path)
     if found is None:
         return None
-    return read_json(found[0] / CONFIG).get("config", {}).get("data", {}).get("sources")
+    config = read_json(found[0] / CONFIG).get("config", {})
+    sources = config.get("data", {}).get("sources")
+    for key, nobody in (("init_from", ""), ("teacher", "online")):
+        if (other := config.get(key, nobody)) != nobody:
+            more = data_sources(storage.place(other))
+            sources = None if sources is None or more is None else [*sources, *more]
+    return sources
 
 
 def read_workdir(workdir: Path | str) -> Weights:

@@ -1,5 +1,7 @@
 """An encoder with the heads that compare its features, as functions of their parameters."""
 
+from collections.abc import Collection
+
 import jax
 
 from point_jax.geometry.hierarchy import Hierarchy
@@ -8,22 +10,30 @@ from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.models.ptv3 import PTv3
 from point_jax.models.spec import PTv3Spec
 from point_jax.objectives.rows import Views
-
-HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
+from point_jax.objectives.sonata_spec import HEADS
 
 
 class HeadedEncoder:
     """A student, or the teacher that it learns from.
 
-    Its parameters are `backbone` and, for each of `HEADS`, an MLP and prototypes.
+    Its parameters are `backbone` and, for each of its heads, an MLP and prototypes.
 
     Attributes:
       network: the encoder.
+      heads: their names, some of `HEADS`.
     """
 
-    def __init__(self, network: PTv3Spec, hidden: int, embed: int, prototypes: int, up_cast: int):
+    def __init__(
+        self,
+        network: PTv3Spec,
+        hidden: int,
+        embed: int,
+        prototypes: int,
+        up_cast: int,
+        heads: Collection[str] = HEADS,
+    ):
         """The sizes are those of the heads, which read the last `up_cast` + 1 levels together."""
-        self.network = network
+        self.network, self.heads = network, heads
         inputs = sum(stage.channels for stage in network.encoder[-1 - up_cast :])
         self._init_backbone, self._backbone = functional(lambda rngs: PTv3(network, rngs=rngs))
         self._init_head, self._head = functional(
@@ -35,9 +45,10 @@ class HeadedEncoder:
         keys = jax.random.split(key, 5)
         params = {"backbone": self._init_backbone(keys[0])}
         for name, head_key, key in zip(HEADS, keys[1:3], keys[3:], strict=True):
-            head = self._init_head(head_key)
-            prototypes = start_prototypes(key, head["prototypes"].shape)
-            params[name] = head | {"prototypes": prototypes}
+            if name in self.heads:
+                head = self._init_head(head_key)
+                prototypes = start_prototypes(key, head["prototypes"].shape)
+                params[name] = head | {"prototypes": prototypes}
         return params
 
     def levels(

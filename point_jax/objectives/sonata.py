@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from point_jax.geometry.hierarchy import Hierarchy
 from point_jax.models.functional import Params
 from point_jax.models.ptv3 import up_cast
-from point_jax.objectives.headed import HEADS, HeadedEncoder
+from point_jax.objectives.headed import HeadedEncoder
 from point_jax.objectives.interface import Axis, Scene, Schedule, Stats, Targets
 from point_jax.objectives.rows import (
     LOSSES,
@@ -29,7 +29,7 @@ from point_jax.objectives.rows import (
     side_of,
     student_level,
 )
-from point_jax.objectives.sonata_spec import SonataSpec
+from point_jax.objectives.sonata_spec import HEADS, SonataSpec
 from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
@@ -84,9 +84,10 @@ class Sonata:
         self.rows = spec.rows
         self.teacher, self.teacher_rows = self.student, self.rows
         if given := spec.offline:
-            self.teacher = HeadedEncoder(given.network, given.hidden, given.embed, *sizes)
+            heads = set(spec.teacher_heads)
+            self.teacher = HeadedEncoder(given.network, given.hidden, given.embed, *sizes, heads)
             self.teacher_rows = replace(spec.rows, network=given.network)
-        self.teacher_heads = (HEADS[0], HEADS[0]) if spec.shared_head else HEADS
+        self.teacher_heads = spec.teacher_heads
 
     def __repr__(self) -> str:
         return f"Sonata({self.spec!r})"

@@ -20,6 +20,8 @@ SONATA_LIMITS = {
     "match_radius": limits.number(above=0),
 }
 
+HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
+
 
 @dataclass(frozen=True)
 class OfflineTeacher:
@@ -86,16 +88,25 @@ class SonataSpec:
             raise ValueError("weights[1], the roll loss, needs views.global_count of at least 2")
         if self.views.local_count < 1:
             raise ValueError("weights[2], the unmask loss, needs views.local_count of at least 1")
-        if self.offline and len(self.offline.network.encoder) != levels:
+        if self.offline:
+            self._check_teacher(self.offline.network)
+
+    def _check_teacher(self, teacher: PTv3Spec) -> None:
+        if len(teacher.encoder) != len(self.network.encoder):
             raise ValueError(
-                f"the offline teacher has {len(self.offline.network.encoder)} levels, the encoder "
-                f"{levels}: points are compared on a level of both"
+                f"offline has {len(teacher.encoder)} levels, the student "
+                f"{len(self.network.encoder)}: points are compared on a level of both"
             )
-        if self.offline and self.offline.network.inputs != self.network.inputs:
+        if teacher.inputs != self.network.inputs:
             raise ValueError(
-                f"the offline teacher reads {self.offline.network.inputs} channels a point, the "
-                f"encoder {self.network.inputs}: both see the same views"
+                f"offline reads {teacher.inputs} channels a point, the student "
+                f"{self.network.inputs}: both see the same views"
             )
+
+    @property
+    def teacher_heads(self) -> tuple[str, str]:
+        """Of the teacher, for each of the student's sides, the head that it meets."""
+        return (HEADS[0], HEADS[0]) if self.shared_head else HEADS
 
     @property
     def rows(self) -> RowMaker:
