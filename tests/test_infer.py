@@ -65,8 +65,13 @@ def scans(tmp_path) -> Path:
     return root
 
 
-# Runs with equal settings share their encoder, and so what it has compiled.
-load_once = functools.cache(infer.load)
+loaded = functools.cache(infer.load)
+
+
+def load_once(path, *, weights, **settings):
+    """Runs with equal settings share their encoder, and so what it has compiled."""
+    del weights  # those of the path
+    return loaded(path, **settings)
 
 
 @pytest.fixture
