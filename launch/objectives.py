@@ -4,7 +4,6 @@
 is for commands that measure a step and need its shapes alone.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from point_jax.models.vit import DINOV2, dinov2_spec
 from point_jax.objectives.concerto import Concerto, ImageBranch
 from point_jax.objectives.settings import (
     NO_WEIGHTS,
+    ONLINE,
     dtype_of,
     encoded_images,
     make_concerto,
@@ -26,13 +26,12 @@ from point_jax.objectives.settings import (
     sonata_spec,
     stored_images,
 )
-from point_jax.objectives.sonata import OFFLINE, Sonata
-from point_jax.objectives.sonata_spec import OfflineTeacher
+from point_jax.objectives.sonata import Sonata
+from point_jax.objectives.sonata_spec import OFFLINE, OfflineTeacher
 from point_jax.training.config import Config
 
 NAMED = "dinov2-with-registers-"
 DEFAULT = f"{NAMED}large"
-ONLINE = "online"  # the teacher that is the student's moving average
 
 
 def make_objective(config: Config) -> tuple[Sonata | Concerto, dict[str, Any]]:
@@ -47,8 +46,7 @@ def make_objective(config: Config) -> tuple[Sonata | Concerto, dict[str, Any]]:
             `config.teacher` does.
         SceneError: no features of that name beside the scenes.
     """
-    offline, params = _teacher(config)
-    frozen = {} if params is None else {OFFLINE: params}
+    offline, frozen = _teacher(config)
     if "images" not in config:
         return make_sonata(config, offline), frozen
     images, params = _image_branch(config)
@@ -76,13 +74,13 @@ def outlined(config: Config) -> Sonata | Concerto:
     return make_concerto(config, encoded_images(config, network), _teacher(config)[0])
 
 
-def _teacher(config: Config) -> tuple[OfflineTeacher | None, Any]:
-    """A config's teacher and its weights, (None, None) for `ONLINE`; errors as above."""
+def _teacher(config: Config) -> tuple[OfflineTeacher | None, dict[str, Any]]:
+    """A config's teacher and what stays as it is, (None, {}) for `ONLINE`; errors as above."""
     path = config.get("teacher", ONLINE)
     if path == ONLINE:
-        return None, None
+        return None, {}
     weights = read_checkpoint(path)
-    student = replace(sonata_spec(config), shared_head="images" in config)
+    student = sonata_spec(config)
     try:
         teacher, params = offline_teacher(weights, student)
     except ValueError as error:
@@ -95,7 +93,7 @@ def _teacher(config: Config) -> tuple[OfflineTeacher | None, Any]:
             f"from voxels of {voxels[0]} m and sees {voxels[1]} m",
             flush=True,
         )
-    return teacher, params
+    return teacher, {OFFLINE: params}
 
 
 def _image_branch(config: Config) -> tuple[ImageBranch, Any]:

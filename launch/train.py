@@ -28,16 +28,15 @@ from point_jax.data.scenes import Scene
 from point_jax.evaluation.progress import load_probe
 from point_jax.features.encoder import Encoder
 from point_jax.interop.initial import initial_weights
+from point_jax.interop.workdir import OTHERS
 from point_jax.objectives.concerto import Concerto, point_losses
-from point_jax.objectives.sonata import OFFLINE, Sonata
+from point_jax.objectives.sonata import Sonata
 from point_jax.objectives.sonata_spec import SonataSpec
 from point_jax.training import config as config_lib
 from point_jax.training import loop, mesh, metrics, programs, schedules
 from point_jax.training.step import make_train_step
 from point_jax.visual.pictures import FeatureScene, curves, feature_picture
 
-# Parts of the state that not every pretraining has: Concerto's two, and a teacher of its own.
-OPTIONAL = ("patch_proj", "image", OFFLINE)
 CURVES = [
     "loss",
     ["mask_loss", "roll_loss", "unmask_loss"],
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         make_step=make_step,
         make_schedule=schedules.sonata_schedule,
         make_batches=make_batches,
-        load_initial=partial(initial_weights, optional=OPTIONAL, apart=set(frozen)),
+        load_initial=partial(initial_weights, optional=OTHERS, apart=set(frozen)),
         load_frozen=partial(place_frozen, frozen) if frozen else None,
         prepare_pictures=lambda: Pictures(points, held_out(config.data), drawn),
         prepare_measure=lambda: Probe(points, config.probe),

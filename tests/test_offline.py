@@ -158,6 +158,9 @@ def test_what_a_run_knows_is_from_all_that_taught_it(tmp_path):
     kinds = [source["kind"] for source in data_sources(Path(third)) or ()]
     assert kinds == ["third", "second", "first", "first"]
     assert data_sources(Path(run("fourth", teacher="/gone"))) is None
+    fifth = run("fifth", init_from=run("emptied"))
+    (tmp_path / "emptied" / "checkpoints" / "1").rmdir()
+    assert data_sources(Path(fifth)) is None
 
 
 def run(workdir, *arguments):

@@ -25,7 +25,8 @@ LEANS_ON = {
         *("models", "ops", "geometry", "data"),
     ),
     "measure": ("objectives", "models", "ops", "geometry", "data", "features", "training"),
-    "interop": ("models", "ops", "geometry", "objectives", "training.checkpoint"),
+    "interop": ("models", "ops", "geometry", "training.checkpoint")
+    + ("objectives.settings", "objectives.sonata_spec"),
 }
 
 

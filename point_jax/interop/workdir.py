@@ -19,12 +19,14 @@ from point_jax.interop.release import config_of
 from point_jax.interop.store import SEGMENTOR, Weights, digest, leaves
 from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
-from point_jax.objectives.settings import default_network, network_spec
-from point_jax.objectives.sonata import OFFLINE
+from point_jax.objectives.settings import ONLINE, default_network, network_spec
+from point_jax.objectives.sonata_spec import OFFLINE
 from point_jax.training import checkpoint
 from point_jax.training.checkpoint import FOLDER, CheckpointError
 
 CONFIG = "config.json"
+# Parts of the state that not every pretraining has: Concerto's two, and a teacher of its own.
+OTHERS = ("patch_proj", "image", OFFLINE)
 
 
 def is_workdir(path: Path) -> bool:
@@ -65,9 +67,12 @@ def data_sources(path: Path) -> list[Mapping[str, Any]] | None:
         return None
     config = read_json(found[0] / CONFIG).get("config", {})
     sources = config.get("data", {}).get("sources")
-    for key, nobody in (("init_from", ""), ("teacher", "online")):
+    for key, nobody in (("init_from", ""), ("teacher", ONLINE)):
         if (other := config.get(key, nobody)) != nobody:
-            more = data_sources(storage.place(other))
+            try:
+                more = data_sources(storage.place(other))
+            except CheckpointError:  # its checkpoints are gone
+                more = None
             sources = None if sources is None or more is None else [*sources, *more]
     return sources
 
@@ -144,9 +149,8 @@ def _without_others(
     An image encoder and an offline teacher are left out: they are as they were in the folders that
     the run had them from.
     """
-    others = ("patch_proj", "image", OFFLINE)
     points = {
-        tree: {name: part for name, part in parts.items() if name not in others}
+        tree: {name: part for name, part in parts.items() if name not in OTHERS}
         for tree, parts in state.items()
     }
     projection = state["student"].get("patch_proj")

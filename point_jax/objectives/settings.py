@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -36,6 +35,7 @@ from point_jax.objectives.trunks import PTv3Trunk, RawTrunk
 
 Spec = TypeVar("Spec")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+ONLINE = "online"  # the teacher that is the student's moving average
 NO_WEIGHTS = "untrained"  # the image encoder that has learned nothing:
 UNTRAINED = VGGSpec(("conv5_3",), (8, 16, 32, 48, 64))
 _LISTS = ("depths", "channels", "heads")  # with an entry for each level
@@ -79,7 +79,7 @@ def default_views() -> ConfigDict:
 def default_objective() -> ConfigDict:
     """The section `objective`: Sonata's base recipe; see `SonataSpec`."""
     fields = {f.name: f.default for f in dataclasses.fields(SonataSpec)}
-    left_out = ("network", "views", "shared_head", "offline")  # see `make_concerto`, `sonata_spec`
+    left_out = ("network", "views", "shared_head", "offline")  # see `sonata_spec`
     return ConfigDict({k: v for k, v in fields.items() if k not in left_out}).lock()
 
 
@@ -214,7 +214,7 @@ def make_concerto(
     Raises:
       ValueError: a value that does not fit, and which.
     """
-    points = replace(sonata_spec(config, offline), shared_head=True)
+    points = sonata_spec(config, offline)
     with _errors_say("config.images."):
         spec = ConcertoSpec(points, config.images.up_cast, config.images.weight)
         return Concerto(spec, images)
@@ -279,7 +279,7 @@ def stored_images(config: Any, features: FeatureSpec) -> StoredImages:
 
 
 def sonata_spec(config: Any, offline: OfflineTeacher | None = None) -> SonataSpec:
-    """What `make_sonata` makes the objective of; the same arguments and errors."""
+    """The point losses of Sonata, or of Concerto; arguments and errors as for `make_sonata`."""
     network = network_spec(config.network)
     if network.stem == "conv" or network.norm == "batch":
         raise ValueError(
@@ -295,8 +295,13 @@ def sonata_spec(config: Any, offline: OfflineTeacher | None = None) -> SonataSpe
     with _errors_say("config.views."):
         views = ViewSpec(**views)
     with _errors_say("config.objective."):
-        sizes = _tuples(config.objective.to_dict())
-        return SonataSpec(network=network, views=views, offline=offline, **sizes)
+        return SonataSpec(
+            network=network,
+            views=views,
+            shared_head="images" in config,
+            offline=offline,
+            **_tuples(config.objective.to_dict()),
+        )
 
 
 # What trains beside the linear layer.

@@ -29,13 +29,12 @@ from point_jax.objectives.rows import (
     side_of,
     student_level,
 )
-from point_jax.objectives.sonata_spec import HEADS, SonataSpec
+from point_jax.objectives.sonata_spec import HEADS, OFFLINE, SonataSpec
 from point_jax.objectives.teacher import move_teacher
 from point_jax.ops.gather import take_rows
 from point_jax.ops.prototypes import Sums, log_sum_over_points, prototype_loss
 
 SINKHORN_STEPS = 3
-OFFLINE = "offline"  # of the teacher's parameters, what gives the targets and stays as it is
 
 
 class Piece(NamedTuple):
@@ -72,7 +71,6 @@ class Sonata:
       teacher: the one that gives the targets.
       rows: makes rows, and their structure for the student.
       teacher_rows: their structure for the teacher.
-      teacher_heads: of the teacher, for each of the student's sides, the head that it meets.
     """
 
     scenes_per_row = 1
@@ -87,7 +85,6 @@ class Sonata:
             heads = set(spec.teacher_heads)
             self.teacher = HeadedEncoder(given.network, given.hidden, given.embed, *sizes, heads)
             self.teacher_rows = replace(spec.rows, network=given.network)
-        self.teacher_heads = spec.teacher_heads
 
     def __repr__(self) -> str:
         return f"Sonata({self.spec!r})"
@@ -153,16 +150,18 @@ class Sonata:
                 "feature_sum": used.sum(0),
                 "feature_square": (used * used).sum(0),
             }
-            heads = dict.fromkeys(self.teacher_heads)
+            heads = dict.fromkeys(self.spec.teacher_heads)
             return {head: self.teacher.embed(teacher[head], x, level.used) for head in heads}, stats
 
         embeddings, stats = jax.lax.map(embed, rows.teacher)
-        directions = {head: self.teacher.directions(teacher[head]) for head in self.teacher_heads}
+        directions = {
+            head: self.teacher.directions(teacher[head]) for head in self.spec.teacher_heads
+        }
         scales = self._sinkhorn(embeddings, directions, rows, schedule, axis)
         views = self._matched_views(rows, axis)
         # One entry more: the loss that there is none of.
         shared = {
-            "directions": jnp.stack([directions[head] for head in self.teacher_heads]),
+            "directions": jnp.stack([directions[head] for head in self.spec.teacher_heads]),
             "scales": jnp.pad(scales, ((0, 1), (0, 0))),
             "views": jnp.stack([*views.values(), jnp.ones(())]),
         }
@@ -182,7 +181,7 @@ class Sonata:
             side=jnp.broadcast_to(jnp.arange(2), (scenes, 2)),
             losses=jnp.broadcast_to(jnp.array([[0, 1], [2, none]]), (scenes, 2, 2)),
             matches=jnp.stack(matches, axis=1).reshape(scenes, 2, 2, -1),
-            teacher=jnp.stack([embeddings[head] for head in self.teacher_heads], axis=1),
+            teacher=jnp.stack([embeddings[head] for head in self.spec.teacher_heads], axis=1),
             key=jax.vmap(jax.random.split)(rows.key),
             scenes=rows.scenes[:, None] * jnp.array([[1.0, 0.0]]),
         )
@@ -198,7 +197,7 @@ class Sonata:
         """
 
         def received(name, scale, embeddings, row) -> jax.Array:
-            head = self.teacher_heads[SIDES.index(side_of(name))]
+            head = self.spec.teacher_heads[SIDES.index(side_of(name))]
             match, count = row.matches[name], student_level(row, name).used
             return log_sum_over_points(
                 take_rows(embeddings[head], match),

@@ -21,6 +21,7 @@ SONATA_LIMITS = {
 }
 
 HEADS = ("mask_head", "unmask_head")  # one for each of the student's sides
+OFFLINE = "offline"  # of the teacher's parameters, what gives the targets and stays as it is
 
 
 @dataclass(frozen=True)
