@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> Config:
             raise ValueError(
                 f"configs/segmentation.py:{arg}: {part!r} is none of {', '.join(chosen)} = VALUE"
             )
-        chosen[name] = value
+        chosen[name] = value.rstrip("/") or value if name == "data" else value
     if chosen["protocol"] not in PROTOCOLS:
         raise ValueError(f"protocol={chosen['protocol']}: expected one of {', '.join(PROTOCOLS)}")
     if chosen["encoder"] not in SIZES:
@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> Config:
     config = default_config()
     del config.schedule
     config.protocol = chosen["protocol"]
-    config.about = arg
+    config.about = ",".join(f"{name}={value}" for name, value in chosen.items())
     config.dataset = chosen["data"]
     config.encoder = ""  # what --encoder names, settled when the command starts
     config.tree = "teacher"  # of a pretraining: teacher or student

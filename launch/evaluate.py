@@ -20,6 +20,7 @@ then writes results.json and results.md there. Exit codes as of launch.train.
 """
 
 import hashlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,21 +28,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from launch import command
 from point_jax import limits, storage
-from point_jax.data.scenes import Scene, SceneError
-from point_jax.data.sources import build_sources
+from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate, find, floors, parse, untrained
 from point_jax.evaluation.features import Extractor
 from point_jax.evaluation.labelled_scenes import (
     LabelledScenes,
     check_apart,
     check_labels,
+    check_names,
+    check_once,
     class_names,
     identities,
     labelled_scenes,
 )
+from point_jax.evaluation.learned import refuse_taught, seen
 from point_jax.evaluation.lifting import unseen_share
 from point_jax.evaluation.modalities import thin_labels
 from point_jax.evaluation.predict import Predictor
@@ -60,7 +64,6 @@ from point_jax.evaluation.report import Condition, Report, Result, as_markdown, 
 from point_jax.evaluation.robustness import robustness
 from point_jax.evaluation.scoring import score
 from point_jax.evaluation.shortcut import measure_shortcut, surfaces
-from point_jax.interop.workdir import data_sources
 from point_jax.training import checkpoint, mesh
 from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
@@ -82,14 +85,15 @@ NOT_OF_SOURCES = ("root", "splits", "seeds", "weight")  # which scenes: results 
 class Evaluation:
     """One command: the scenes, and what is done with each candidate."""
 
-    def __init__(self, config: Config, images: bool = False):
+    def __init__(self, config: Config, images: bool = False, source: str = ""):
         """For a config of configs/segmentation.py.
 
         Args:
           config: as the command line left it.
           images: whether image features are lifted, so that scenes must have images.
+          source: file and argument that the config is from, for the results.
         """
-        self.config = config
+        self.config, self.source = config, source
         if "protocol" not in config:
             raise ConfigError("the config is none of configs/segmentation.py's: it has no protocol")
         config_lib.check_config(config)
@@ -105,15 +109,28 @@ class Evaluation:
         self.train = labelled_scenes(config.data.sources, "data.sources", images)
         self.test = labelled_scenes(config.test.sources, "test.sources", images)
         train, test = self.train.sources, self.test.sources
+        check_once(train, "data.sources")
+        check_once(test, "test.sources")
         check_apart(train, test, ("data.sources", "test.sources"))
+        if config.test.submission:
+            check_names(test)
+        if config.test.floors and config.protocol in TRAINED and len(self.train) < 2:
+            raise ConfigError(
+                f"config.data.sources has 1 scene, and the floors beside {config.protocol} are "
+                f"fitted by {FLOORS_OF_TRAINED}, which holds scenes out: give more scenes, or "
+                "--config.test.floors=False"
+            )
         self.classes = class_names((*train, *test), config.labels.classes)
         self.train = self.train.with_change(self.change)
-        if not config.test.submission:
-            self.test = self.test.with_change(self._checked)
+        self.test = self.test.with_change(self._as_tested)
         self.say = print if jax.process_index() == 0 else _quiet
 
     def _checked(self, scene: Scene) -> Scene:
         return check_labels(scene, len(self.classes))
+
+    def _as_tested(self, scene: Scene) -> Scene:
+        unlabelled = self.config.test.submission and scene.segment is None
+        return scene if unlabelled else self._checked(scene)
 
     def change(self, scene: Scene) -> Scene:
         """A training scene with as many of its labels as are to be learned from."""
@@ -152,6 +169,10 @@ class Evaluation:
             told.get(section, {}).pop(name, None)
         entries = (*self.config.data.sources, *self.config.test.sources)
         told["read as"] = sorted({_how_read(entry) for entry in entries})
+        if protocol in TRAINED and len(weights := [one.weight for one in self.train.sources]) > 1:
+            told["weights"] = [weight / sum(weights) for weight in weights]
+        if self.config.test.votes and self.config.test.first_grid:
+            told["first_grid"] = self.config.test.first_grid
         if candidate.lifted is not None:
             lifted = candidate.lifted
             told["images"] = repr((lifted.encoder, lifted.height, lifted.width))
@@ -173,6 +194,9 @@ class Evaluation:
         test, seed = self.config.test, self.config.seed
         self.say(f"{protocol}, {candidate.name}")
         predict = self.predictor(candidate, protocol, workdir)
+        submission = workdir / "submission" if test.submission and main else None
+        if submission is not None:
+            self._empty(submission)
         found = score(
             predict,
             self.test,
@@ -180,7 +204,7 @@ class Evaluation:
             candidate.grid_size,
             votes=test.votes,
             first_grid=test.first_grid,
-            submission=workdir / "submission" if test.submission and main else None,
+            submission=submission,
             say=self.say if test.votes else _quiet,
         )
         if not found:
@@ -190,10 +214,10 @@ class Evaluation:
             protocol=protocol,
             seed=seed,
             scores=found,
-            config=f"configs/segmentation.py:{self.config.about}",
+            config=self.source,
             data=self.config.dataset,
             train_scenes=_names(self.train),
-            test_scenes=_names(self.test),
+            test_scenes=self.scored(),
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
             label_share=self.config.labels.share,
@@ -203,11 +227,26 @@ class Evaluation:
             settings=self.digest(candidate, protocol),
             shortcut=self.shortcut(predict.extractor, candidate),
             unseen=self.unseen(candidate),
-            seen=self.seen(candidate),
+            seen=seen(candidate, self.test.sources),
         )
 
+    def _empty(self, submission: Path) -> None:
+        """Removes the files of an earlier evaluation, perhaps of other scenes."""
+        if jax.process_index() == 0:
+            for file in submission.glob("*.txt"):
+                file.unlink()
+        multihost_utils.sync_global_devices("no old submission")
+
+    def scored(self) -> list[str]:
+        """Names of the test scenes that have labels."""
+        names = _names(self.test)
+        if not self.config.test.submission:
+            return names
+        pairs = zip(names, self.test, strict=True)
+        return [name for name, scene in pairs if scene.segment is not None]
+
     def robustness(self, candidate: Candidate) -> Iterator[Condition]:
-        """The robustness table."""
+        """A candidate's rows of the robustness table."""
         return robustness(
             candidate,
             self.train,
@@ -232,19 +271,6 @@ class Evaluation:
             return None
         return unseen_share(self.test, candidate.grid_size, candidate.lifted.size)
 
-    def seen(self, candidate: Candidate) -> int | None:
-        """How many test scenes the encoder was pretrained on; None where that is not known."""
-        if candidate.checkpoint is None or not candidate.points:
-            return None
-        entries = data_sources(candidate.checkpoint)
-        if not entries:
-            return None
-        try:
-            pretrained = identities(build_sources(entries))
-        except (SceneError, ValueError):  # not here, or of another program
-            return None
-        return len(set(pretrained) & set(identities(self.test.sources)))
-
 
 def main(argv: Sequence[str]) -> int:
     """Evaluates what the command line says; returns the exit code."""
@@ -256,48 +282,65 @@ def main(argv: Sequence[str]) -> int:
     command.keep_compiled()
     mesh.start_processes(job)
     try:
-        return _evaluate(config, storage.local(workdir, "--workdir"), names[0])
+        source = f"{_config_file(argv)}:{config.about}"
+        return _evaluate(config, storage.local(workdir, "--workdir"), names[0], source)
     except (ValueError, TypeError) as error:
         if isinstance(error, command.FOR_THE_USER):
             raise
         raise ConfigError(str(error)) from error
 
 
-def _evaluate(config: Config, workdir: Path, name: str) -> int:
-    evaluation = Evaluation(config, images=parse(name).images is not None)
+def _evaluate(config: Config, workdir: Path, name: str, source: str) -> int:
+    evaluation = Evaluation(config, parse(name).images is not None, source)
     candidate, protocol = find(name, config), config.protocol
     if protocol == SCRATCH:
         candidate = untrained(candidate)
+    refuse_taught(candidate, evaluation.test.sources)
     command.make_folder(workdir, "--workdir")
-    if protocol in FITTED and jax.process_index() == 0:
+    writes = jax.process_index() == 0
+    if protocol in FITTED and writes:
         _bind(evaluation.settled(candidate), workdir)
-    rows = []
     try:
         row = evaluation.result(candidate, protocol, workdir, main=True)
-        if row is None:
-            if not config.test.submission:
-                raise ConfigError("config.test.sources: no point of any test scene has a label")
-            print(f"the test scenes have no labels: written is {workdir / 'submission'} alone")
-            return 0
-        floor_protocol = protocol if protocol in FITTED else FLOORS_OF_TRAINED
-        for floor in floors(candidate, config) if config.test.floors else ():
-            if (floor.name, floor_protocol) != (candidate.name, protocol):
-                folder = workdir / "floors" / floor.name
-                rows.append(evaluation.result(floor, floor_protocol, folder, main=False))
     except Stopped as stopped:
         return stopped.code
-    report = Report(row, rows, [], config_lib.package_versions())
-    writes = jax.process_index() == 0
-    if writes:
-        write_results(workdir, report)
-    if config.test.robustness:
-        report = replace(report, robustness=list(evaluation.robustness(candidate)))
+    if row is None:
+        if not config.test.submission:
+            raise ConfigError("config.test.sources: no point of any test scene has a label")
+        print(f"the test scenes have no labels: written is {workdir / 'submission'} alone")
+        return 0
+    report = Report(row, versions=config_lib.package_versions())
+    for grown in _stages(evaluation, candidate, report, workdir):
+        report = grown
         if writes:
             write_results(workdir, report)
     if writes:
         print(as_markdown(report))
         print(f"written: {workdir / 'results.json'}, {workdir / 'results.md'}")
     return 0
+
+
+def _stages(
+    evaluation: Evaluation, candidate: Candidate, report: Report, workdir: Path
+) -> Iterator[Report]:
+    """The report as it grows: what is found is written, whatever happens to the rest."""
+    yield report
+    config, protocol = evaluation.config, evaluation.config.protocol
+    floor_protocol = protocol if protocol in FITTED else FLOORS_OF_TRAINED
+    rows = floors(candidate, config) if config.test.floors else ()
+    for floor in rows:
+        if (floor.name, floor_protocol) != (candidate.name, protocol):
+            folder = workdir / "floors" / floor.name
+            row = evaluation.result(floor, floor_protocol, folder, main=False)
+            assert row is not None  # the main row is there: there are labels
+            report = replace(report, floors=[*report.floors, row])
+            yield report
+    if config.test.robustness:
+        others = [floor for floor in rows if floor.name != candidate.name]
+        for one in (candidate, *others):
+            for condition in evaluation.robustness(one):
+                report = replace(report, robustness=[*report.robustness, condition])
+            yield report
 
 
 def _bind(config: Config, workdir: Path) -> None:
@@ -316,6 +359,13 @@ def _how_read(entry: Mapping[str, Any]) -> str:
 def _names(scenes: LabelledScenes) -> list[str]:
     """Names of scenes."""
     return [Path(one).name for one in identities(scenes.sources)]
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    """The file that --config=FILE:ARGUMENT or --config FILE:ARGUMENT names."""
+    place = next(i for i, arg in enumerate(argv) if re.fullmatch("--?config(=.*)?", arg))
+    _, equals, value = argv[place].partition("=")
+    return (value if equals else argv[place + 1]).partition(":")[0]
 
 
 def _quiet(text: str) -> None:

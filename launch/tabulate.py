@@ -54,8 +54,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser("launch.tabulate", add_help=False, allow_abbrev=False)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--output", type=partial(storage.local, what="--output"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--curve", type=Path)
+    parser.add_argument("--json", type=partial(storage.local, what="--json"))
+    parser.add_argument("--curve", type=partial(storage.local, what="--curve"))
     parser.add_argument("--six_fold", action="store_true")
     parser.add_argument("--wo_floors", action="store_true")
     given = parser.parse_args(argv[1:])
@@ -118,7 +118,10 @@ def main(argv: Sequence[str]) -> int:
     if given.curve is not None:
         picture = curve(groups)
         command.make_folder(given.curve.parent, "--curve")
-        picture.save(given.curve)
+        try:
+            picture.save(given.curve)
+        except OSError as error:
+            raise _unwritable(given.curve, "--curve", error) from error
     return 0
 
 
@@ -137,7 +140,11 @@ def _write(file: Path, flag: str, text: str) -> None:
     try:
         write_atomically(file, text)
     except OSError as error:
-        raise ConfigError(f"{flag}={file}: cannot be written ({error.strerror})") from error
+        raise _unwritable(file, flag, error) from error
+
+
+def _unwritable(file: Path, flag: str, error: OSError) -> ConfigError:
+    return ConfigError(f"{flag}={file}: cannot be written ({error.strerror})")
 
 
 if __name__ == "__main__":

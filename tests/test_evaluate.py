@@ -113,7 +113,16 @@ def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path, capsys):
         scene = make_room(seed, RoomSpec(**SPEC))
         counts += confusion(head(encoder([scene])[0]), scene.segment, len(CLASSES))
     assert scores(counts, CLASSES).per_class == first["per_class"]
-    assert run(tmp_path / "again", "ridge", tmp_path / "segmentor") == 0
+    # Its encoder is evaluated on scenes of which it does not know the labels.
+    segmentor = tmp_path / "segmentor"
+    assert run(tmp_path / "again", "ridge", segmentor) == 0
+    assert results(tmp_path / "again")["seen"] == 0
+    swapped = [
+        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
+        for place, seeds in {"test": (1, 7), "data": (7, 9)}.items()
+    ]
+    assert run(tmp_path / "taught", "ridge", segmentor, *swapped) == 1
+    assert "has learned the labels of 2 scenes of config.test.sources" in capsys.readouterr().err
     assert run(tmp_path / "run", "ridge", tmp_path) == 1
     assert "segmentor is what it trained" in capsys.readouterr().err
 
@@ -155,8 +164,16 @@ def test_training_starts_at_the_best_layer_if_that_is_asked_for(tmp_path, checkp
 
 
 def test_robustness_tells_what_is_missing(tmp_path):
+    floors = tmp_path / "floors"
+    more = "--config.test.floors=True"
+    assert run(floors, "ridge", "raw", "--config.test.robustness=True", more) == 0
     assert run(tmp_path, "ridge", "raw", "--config.test.robustness=True") == 0
     found = results(tmp_path)
+    everything = results(floors)["robustness"]
+    assert [row for row in everything if row["encoder"] == "raw"] == found["robustness"]
+    random = [row for row in everything if row["encoder"] == "random"]
+    assert random[0]["mIoU"] == results(floors)["floors"][0]["mIoU"]
+    assert len(random) == len(found["robustness"])
     conditions = {row["condition"]: row["mIoU"] for row in found["robustness"]}
     assert conditions["everything"] == found["mIoU"]
     assert {"no colour", "no normals", "neither", "1% of the labels"} <= conditions.keys()
@@ -216,6 +233,51 @@ def test_results_that_differ_in_scenes_places_and_speed_alone_have_one_digest(fo
         assert (one == digest(protocol, **{"crops.max_size": 96})) == (protocol == "ridge")
 
 
+def test_what_decides_a_result_changes_the_digest(folders):
+    rooms = {"kind": "rooms", "seeds": (7, 9), "spec": SPEC}
+
+    def digest(protocol, weight=1.0, **changes):
+        config = get_config(f"protocol={protocol}")
+        root = {"kind": "folder", "root": str(folders), "splits": ("train",), "weight": weight}
+        config.data.sources = (root, rooms)
+        config.labels.classes = "rooms"
+        config.update_from_flattened_dict(changes)
+        return evaluate.Evaluation(config).digest(find("random", config), protocol)
+
+    # How often a source is drawn from matters to what is trained, not to what is fitted.
+    assert digest("linear") != digest("linear", weight=9.0)
+    assert digest("ridge") == digest("ridge", weight=9.0)
+    thin, votes = {"test.first_grid": 0.3}, {"test.votes": True}
+    assert digest("ridge", **votes) == digest("ridge", **thin) != digest("ridge", **thin, **votes)
+
+
+def test_the_config_s_argument_has_one_spelling(tmp_path):
+    asked = "configs/segmentation.py:encoder=tiny,protocol=ridge,data=rooms"
+    few = [
+        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
+        for place, seeds in {"test": (5, 7), "data": (0, 3)}.items()
+    ]
+    few += ["--config.crops.grid_size=0.1", "--config.test.floors=False", "--encoder=raw"]
+    for config in (asked, "configs/segmentation.py:protocol=ridge,encoder=tiny"):
+        argv = ["evaluate", f"--config={config}", f"--workdir={tmp_path}", *few]
+        assert command.run(evaluate.main, argv, None) == 0
+        told = results(tmp_path)["config"]
+        assert told == "configs/segmentation.py:data=rooms,protocol=ridge,encoder=tiny"
+
+
+def test_a_result_is_kept_whatever_happens_to_its_floors(tmp_path, capsys, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of memory")
+
+    one = f"--config.data.sources=({{'kind': 'rooms', 'seeds': (0, 1), 'spec': {SPEC}}},)"
+    assert run(tmp_path, "linear", "raw", one, "--config.test.floors=True") == 1
+    assert "floors beside linear are fitted by logistic" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()  # said before anything is trained
+    monkeypatch.setattr(evaluate, "floors", broken)
+    assert run(tmp_path, "ridge", "raw", "--config.test.floors=True") == 1
+    assert results(tmp_path)["mIoU"] > 0 and results(tmp_path)["floors"] == []
+
+
 def test_classes_that_a_benchmark_knows_have_its_ids(folders):
     write_dataset_json(folders, "m", "z", ("train", "test"), SCANNET20.names)
     scenes = labelled_scenes(({"kind": "folder", "root": str(folders)},), "data.sources")
@@ -266,8 +328,12 @@ def folders(tmp_path):
     return root
 
 
+def entries(root, split, **more):
+    return ({"kind": "folder", "root": str(root), "splits": (split,), **more},)
+
+
 def sources(root, split, **more):
-    return repr(({"kind": "folder", "root": str(root), "splits": (split,), **more},))
+    return repr(entries(root, split, **more))
 
 
 def both(root):
@@ -285,6 +351,18 @@ def test_scenes_without_labels_are_submitted_and_nothing_else(tmp_path, folders,
     assert len(lines) == len(make_room(5, RoomSpec(**SPEC)).coord)
     assert set(map(int, lines)) <= set(range(len(CLASSES)))
     assert not (workdir / "results.json").exists()
+    # Another evaluation there leaves the files of its own scenes alone.
+    (folders / "test" / "room5").rename(folders / "test" / "room9")
+    labels = np.zeros(len(make_room(6, RoomSpec(**SPEC)).coord), np.int32)
+    np.save(folders / "test" / "room6" / "segment.npy", labels)
+    assert run(workdir, "ridge", "raw", *arguments, "--config.test.submission=True") == 0
+    assert {file.name for file in (workdir / "submission").iterdir()} == {"room6.txt", "room9.txt"}
+    assert results(workdir)["test_scenes"] == ["room6"]  # room9 has no labels to score
+    np.save(folders / "test" / "room6" / "segment.npy", labels + 99)
+    write_dataset_json(folders, "m", "z", ("train", "test"))  # without names of classes
+    arguments, workdir = [*arguments, "--config.labels.classes=rooms"], tmp_path / "unnamed"
+    assert run(workdir, "ridge", "raw", *arguments, "--config.test.submission=True") == 1
+    assert "room6: a label is 99" in capsys.readouterr().err
     for room in (folders / "test").iterdir():
         np.save(room / "segment.npy", np.full(len(np.load(room / "coord.npy")), -1, np.int32))
     assert run(workdir, "ridge", "raw", *arguments) == 1
@@ -296,8 +374,18 @@ def test_scenes_that_would_prove_nothing_are_refused(tmp_path, folders, capsys):
     same = f"--config.test.sources={sources(folders, 'train')}"
     assert run(tmp_path / "out", "ridge", "raw", train, same) == 1
     assert "has 2 scenes that config.data.sources has, too" in capsys.readouterr().err
+    twice = f"--config.test.sources={2 * entries(folders, 'test')!r}"
+    assert run(tmp_path / "out", "ridge", "raw", train, twice) == 1
+    assert "config.test.sources has 2 scenes more than once" in capsys.readouterr().err
+    shutil.copytree(folders / "test", folders.with_name("copy") / "test")
+    write_dataset_json(folders.with_name("copy"), "m", "z", ("test",), CLASSES)
+    two = entries(folders, "test") + entries(folders.with_name("copy"), "test")
+    both_copies = (f"--config.test.sources={two!r}", "--config.test.submission=True")
+    assert run(tmp_path / "out", "ridge", "raw", train, *both_copies) == 1
+    assert "has 2 names of several scenes, as room5" in capsys.readouterr().err
     assert run(tmp_path / "out", "linear", "raw", train, "--config.labels.classes=s3dis") == 1
-    assert "there are 13 classes" in capsys.readouterr().err
+    line = capsys.readouterr().err
+    assert "scans: its classes are wall, floor" in line and "labels.classes=s3dis are" in line
     write_dataset_json(folders, "m", "z", ("train", "test"), CLASSES[::-1])
     assert run(tmp_path / "out", "ridge", "raw", train, "--config.labels.classes=") == 1
     assert "2 different lists of classes" in capsys.readouterr().err

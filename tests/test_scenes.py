@@ -172,6 +172,8 @@ BAD_SCENES = {
     "all the same point": ({"coord": np.ones((N, 3))}, "coord.npy: all 200 points are the same"),
     "one voxel": ({"coord": np.random.default_rng(0).uniform(0, 0.019, (N, 3))},
                   "coord.npy: extent is 0.01.* within one voxel of 0.02 m"),
+    "offset": ({"coord": example().coord + np.float64(4e6)},
+               "cannot be held in float32 to a millimetre; subtract an offset"),
     "millimetres": ({"coord": example().coord * 1000}, "extent is 4.* m.*millimetres.*units='mm'"),
     "centimetres": ({"coord": example().coord * 100},
                     "coord.npy: extent is .* m apart.*centimetres.*units='cm'"),

@@ -219,6 +219,9 @@ def test_files_of_an_older_program_are_read(tmp_path):
         (lambda x: x["resolution"]["full"].update(mIoU=0.5), "its confusion matrix gives"),
         (lambda x: x["resolution"]["voxel"]["confusion"].pop(), "voxel.confusion does not fit"),
         (lambda x: x["resolution"]["full"].update(confusion=[[1.5]]), "confusion does not fit"),
+        (lambda x: x.update(seed=10**400), "int too large"),
+        (lambda x: x["resolution"]["voxel"].update(confusion=[[2**70] * 3] * 3), "too large"),
+        (lambda x: x["resolution"]["voxel"].update(per_class={"a": 1.0}, confusion=None), "names"),
         (lambda x: x.update(floors=3), "floors is 3"),
         (lambda x: x["floors"][0].pop("encoder"), "floors[0].encoder is missing"),
         (lambda x: x.update(shortcut={"chance": 1}), "shortcut.explained is missing"),
@@ -235,11 +238,22 @@ def test_what_is_no_results_is_told(tmp_path, capsys):
     assert "nowhere does not exist" in error(capsys, tmp_path / "nowhere")
     assert "no results.json in" in error(capsys, tmp_path)
     folder = write(tmp_path / "run", result(800))
-    for text, says in {"{": "cannot be read", "[]": "holds a list"}.items():
+    deep = "[" * 100_000
+    for text, says in {"{": "cannot be read", "[]": "holds a list", deep: "cannot be"}.items():
         (folder / "results.json").write_text(text)
         assert f"{folder / 'results.json'}: {says}" in error(capsys, folder)
     assert "required: paths" in error(capsys)
     assert "expected FILE.png" in error(capsys, folder, "--curve=a.jpg")
+    # A file that is named is read, whatever its name.
+    kept = write(tmp_path / "kept", result(800)) / "results.json"
+    assert run(kept.rename(kept.with_name("old.json"))) == 0
+
+
+def test_where_nothing_can_be_written_is_told(tmp_path, capsys):
+    folder = write(tmp_path / "run", result(800))
+    (tmp_path / "there.png").mkdir()
+    assert "cannot be written" in error(capsys, folder, f"--curve={tmp_path / 'there.png'}")
+    assert "--json" in error(capsys, folder, "--json=gs://bucket/table.json")
 
 
 def test_an_evaluation_that_still_runs_is_skipped_and_said_so(tmp_path, capsys):
@@ -281,7 +295,7 @@ def fold(number, seed, encoder="runs/a/checkpoints/400", **changes):
         "config": f"configs/segmentation.py:data={name},protocol=linear,encoder=tiny",
         "data": name,
         "train_scenes": (f"office_{number}",),
-        "test_scenes": ("hall", "office"),
+        "test_scenes": (f"hall_{number}", "office"),
         "settings": "0a1b2c3d",  # says nothing of the scenes, see `launch.evaluate`
     }
     return result(0, seed, encoder, **told | changes), matrix
@@ -331,6 +345,12 @@ def test_folds_that_do_not_make_six_areas_are_told(tmp_path, capsys):
     assert f"{old / 'results.json'}: resolution.full.confusion is missing" in line
     write(tmp_path / "6", fold(5, 0, data="s3dis", train_scenes=())[0])
     assert "are both of Area_5" in error(capsys, "--six_fold", tmp_path)
+    same = {"test_scenes": ("hall_5", "office")}  # one override of the test scenes for all
+    write(tmp_path / "6", fold(6, 0, **same)[0])
+    assert "tested on scenes of the same names" in error(capsys, "--six_fold", tmp_path)
+    turned = {"full": scores(np.ones((13, 13), np.int64), S3DIS.names[::-1])}
+    write(tmp_path / "6", fold(6, 0, scores=turned)[0])
+    assert "have other classes, or in another order" in error(capsys, "--six_fold", tmp_path)
     write(tmp_path / "6", result(800))
     assert "data is 'rooms', expected s3dis-1 to s3dis-6" in error(capsys, "--six_fold", tmp_path)
 
@@ -367,6 +387,12 @@ def test_the_curve_rises_with_the_numbers_and_lies_above_its_floors(tmp_path):
                        ((100, 200), (600, 700)))  # fmt: skip
         assert right[:, 0].min() < left[:, 0].min() - 50
         assert len(across) >= 2 and min(across) > left[:, 0].min()
+
+
+def test_seeds_of_other_classes_are_other_rows(tmp_path):
+    one = write(tmp_path / "one", result(800))
+    other = {"full": some_scores(700, NAMES[::-1])}
+    assert len(rows(tmp_path, one, write(tmp_path / "two", result(700, 1, scores=other)))) == 2
 
 
 def test_a_curve_of_nothing_is_an_error(tmp_path, capsys):

@@ -33,6 +33,7 @@ def six_fold(rows: Iterable[Row]) -> list[Row]:
             config=without(row.setting.config, "data"),
             train_scenes=(),
             test_scenes=(),
+            classes=(),  # compared by `_folded`, which says whose differ
         )
         areas = folds.setdefault((setting, row.seed), {})
         if area in areas:
@@ -61,6 +62,20 @@ def _folded(setting: Setting, seed: int, areas: Mapping[str, Row]) -> Row:
     if missing:
         raise ConfigError(f"--six_fold: {what} lacks {', '.join(missing)}")
     rows = [areas[area] for area in S3DIS_AREAS]
+    for row in rows[1:]:
+        if row.setting.classes != rows[0].setting.classes:
+            raise ConfigError(
+                f"{row.files[0]} and {rows[0].files[0]} have other classes, or in another order: "
+                f"{', '.join(row.setting.classes)}; {', '.join(rows[0].setting.classes)}"
+            )
+    tested: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        other = tested.setdefault(row.setting.test_scenes, row)
+        if other is not row:
+            raise ConfigError(
+                f"{other.files[0]} and {row.files[0]} are of two areas, but tested on scenes of "
+                "the same names: did all of them have one --config.test.sources?"
+            )
     # Areas have rooms of the same name.
     scenes = tuple(f"{a}/{scene}" for a in S3DIS_AREAS for scene in areas[a].setting.test_scenes)
     found = {}
@@ -73,7 +88,7 @@ def _folded(setting: Setting, seed: int, areas: Mapping[str, Row]) -> Row:
         found[resolution] = _as_found(folds.summed)
         parts = folds.folds if resolution == HEADLINE else parts
     return Row(
-        replace(setting, test_scenes=scenes),
+        replace(setting, test_scenes=scenes, classes=rows[0].setting.classes),
         seed,
         found,
         None,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -110,6 +111,33 @@ def identities(sources: Sequence[Source]) -> list[str]:
     return [one for source in sources for one in source.identities]
 
 
+def check_once(sources: Sequence[Source], place: str) -> None:
+    """Raises ValueError when a scene is there twice; a copy in another folder is another scene.
+
+    Args:
+      sources: built.
+      place: the key that lists them, for the error.
+    """
+    found = Counter(identities(sources))
+    twice = [one for one, times in found.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"config.{place} has {len(twice)} scenes more than once, such as {twice[0]}: give each "
+            "of them once"
+        )
+
+
+def check_names(sources: Sequence[Source]) -> None:
+    """Raises ValueError when two scenes have one name, by which a submission has their files."""
+    found = Counter(Path(one).name for one in identities(sources))
+    twice = [name for name, times in found.items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"config.test.sources has {len(twice)} names of several scenes, as {twice[0]}, and "
+            "a submission has one file a name: evaluate them apart, each in a --workdir of its own"
+        )
+
+
 def check_apart(train: Sequence[Source], test: Sequence[Source], places: tuple[str, str]) -> None:
     """Raises ValueError when scenes are among both the training and the test scenes.
 
@@ -136,7 +164,7 @@ def class_names(sources: Sequence[Source], known: str) -> Classes:
         are the names of one of `CLASSES`, then with its ids.
 
     Raises:
-      ValueError: unknown, not stated, or different ones.
+      ValueError: unknown, not stated, different ones, or not those that a source states.
     """
     if known:
         if known not in CLASSES:
@@ -144,7 +172,15 @@ def class_names(sources: Sequence[Source], known: str) -> Classes:
                 f"config.labels.classes is {known!r}, expected one of {', '.join(CLASSES)}, or '' "
                 "for the names in dataset.json"
             )
-        return CLASSES[known]
+        classes = CLASSES[known]
+        for source in sources:
+            if source.classes and tuple(source.classes) != classes.names:
+                raise ValueError(
+                    f"{source.root or 'the procedural rooms'}: its classes are "
+                    f"{', '.join(source.classes)}, but config.labels.classes={known} are "
+                    f"{', '.join(classes.names)}; give config.labels.classes='' for its own"
+                )
+        return classes
     found = set()
     for source in sources:
         if not source.classes:
@@ -160,9 +196,8 @@ def class_names(sources: Sequence[Source], known: str) -> Classes:
     return same[0] if same else Classes(names, tuple(range(len(names))))
 
 
-def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Scene, Frames]]:
-    """The scenes of folders that say which points their images see, and those images."""
-    found = []
+def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Scene, Frames]]:
+    """The scenes of folders that say which points their images see, and those images; lazily."""
     for entry in entries:
         if entry["kind"] != "folder":
             continue
@@ -170,5 +205,4 @@ def framed_scenes(entries: Sequence[Mapping[str, Any]]) -> list[tuple[Scene, Fra
         for index, folder in enumerate(dataset.folders):
             if (Path(folder) / "frames.npz").is_file():
                 scene = dataset.load(index)
-                found.append((scene, read_frames(folder, len(scene.coord))))
-    return found
+                yield scene, read_frames(folder, len(scene.coord))

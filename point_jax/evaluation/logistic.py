@@ -72,7 +72,8 @@ def fit_logistic(
     held = held_out(len(data), "logistic")
     features, labels, scene = draw_bank(data, classes, bank, seed)
     out = np.isin(scene, held)
-    for rows, which in ((out, "held out, which are every fifth"), (~out, "that are fitted")):
+    parts = (out, "held out (every fifth, of fewer the last)"), (~out, "that are fitted")
+    for rows, which in parts:
         if not rows.any():
             raise ValueError(
                 f"no labelled voxel in the training scenes {which}: their labels are all -1"

@@ -193,7 +193,7 @@ def trained(
     student, teacher = _result(objective, workdir)
     head, backbone = student["head"], objective.whole(student, teacher)
     if candidate.network is not None and jax.process_index() == 0:
-        _keep(workdir, objective, candidate, backbone, head, classes)
+        _keep(workdir, config, objective, candidate, backbone, head, classes)
     return _predictor(objective, candidate, backbone, head)
 
 
@@ -254,6 +254,7 @@ def _result(objective: Segmentation, workdir: Path) -> tuple[Any, Any]:
 
 def _keep(
     workdir: Path,
+    config: Config,
     objective: Segmentation,
     candidate: Candidate,
     backbone: Any,
@@ -263,15 +264,16 @@ def _keep(
     """What was trained as weights, for `point_jax.load`, `launch.infer` and `launch.convert`."""
     if (workdir / SEGMENTOR).exists():  # of an earlier start of the same finished training
         return
-    variant, config = config_of(_network(objective))
+    variant, network = config_of(_network(objective))
     source = {
         "format": "workdir",
         "file": workdir.name,
         "grid_size": candidate.grid_size,
         "classes": list(classes.names),
+        "learned": {"sources": config.to_dict()["data"]["sources"], "from": [config.init_from]},
     }
     params = {"backbone": backbone, "seg_head": head}
-    weights = Weights("segmentor", variant, config, params, source=source)
+    weights = Weights("segmentor", variant, network, params, source=source)
     marked = replace(weights, source=source | {"sha256": digest(weights)})
     save_weights(workdir / SEGMENTOR, marked)
 

@@ -103,7 +103,7 @@ class Report:
       main: the encoder that was asked for.
       floors: what it has to beat: raw input and its untrained network, by the same closed form,
         or by a linear probe beside whatever was trained.
-      robustness: what is left of the main result, or of a floor, under harder conditions.
+      robustness: what is left of the main result and of the floors under harder conditions.
       versions: package -> version.
     """
 

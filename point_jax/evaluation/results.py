@@ -57,6 +57,7 @@ class Setting:
       config: without its protocol, which floors do not always share with the row they are beside.
       protocol, data, label_share, steps, train_steps, train_scenes, test_scenes, grid_size, tree,
         settings: as in `Result`.
+      classes: names of the classes, in the order of the matrices.
     """
 
     encoder: str
@@ -72,6 +73,7 @@ class Setting:
     grid_size: float | None = None
     tree: str | None = None
     settings: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path} does not exist; expected a folder with {NAME}")
-        if path.name == NAME:
+        if path.name == NAME or path.is_file():
             there = [path]
         else:
             there = [file for file in (path / NAME, *sorted(path.glob(f"*/{NAME}"))) if _is(file)]
@@ -151,14 +153,14 @@ def read_rows(file: Path) -> list[Row]:
     """
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: holds a {type(content).__name__}, expected a JSON object")
     try:
         main = _row(content, file, "")
         return [main, *(_row(x, file, f"floors[{i}].") for i, x in enumerate(_floors(content)))]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{file}: {error}") from error
 
 
@@ -219,14 +221,19 @@ def _row(content: Mapping[str, Any], file: Path, place: str) -> Row:
     told |= {name: _run(told[name]) for name in ("encoder", "checkpoint")}
     told["config"] = without(content["config"], "protocol")
     told["label_share"] = float(content.get("label_share", 1.0))
+    found = {
+        name: _found(resolution[name], f"{place}resolution.{name}.")
+        for name in RESOLUTIONS
+        if name in resolution
+    }
+    told["classes"] = found[HEADLINE].classes
+    for name, one in found.items():
+        if one.classes != told["classes"]:
+            raise ValueError(f"{place}resolution.{name}.per_class: other names than {HEADLINE}'s")
     return Row(
         Setting(**told),
         content["seed"],
-        {
-            name: _found(resolution[name], f"{place}resolution.{name}.")
-            for name in RESOLUTIONS
-            if name in resolution
-        },
+        found,
         shortcut.get("explained"),
         (file,),
     )

@@ -204,8 +204,8 @@ def _choose(
                 likelihood[i, j] += logs[np.arange(len(rows)), labels[rows]].sum(dtype=np.float64)
     if not counts.any():
         raise ValueError(
-            "no labelled voxel in the training scenes held out, which are every fifth: their "
-            "labels are all -1"
+            "no labelled voxel in the training scenes held out (every fifth, of fewer the last): "
+            "their labels are all -1"
         )
     names = [str(i) for i in range(classes)]
     miou = [scores(count, names).mIoU for count in counts]

@@ -5,13 +5,16 @@ normals it is fitted anew and tested without them; with few labels it is fitted 
 frames are seen by the probe of whole scenes, as a robot would.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate
 from point_jax.evaluation.classes import Classes
+from point_jax.evaluation.confusion import scores
 from point_jax.evaluation.labelled_scenes import LabelledScenes, framed_scenes
 from point_jax.evaluation.modalities import thin_labels, without
 from point_jax.evaluation.partial import Axes, views
@@ -59,27 +62,30 @@ def robustness(
     def fit(scenes: Sequence[Scene]) -> Predictor:
         return fitted(PROTOCOL, candidate, scenes, len(classes), seed)
 
-    def row(condition: str, predict: Predictor, scenes: Sequence[Scene]) -> Iterator[Condition]:
-        found = score(predict, scenes, classes, candidate.grid_size).get(HEADLINE)
-        say(f"{condition}{'' if found else ': no labelled points, no row'}")
-        if found:
-            yield Condition(condition, candidate.name, PROTOCOL, seed, found)
+    def row(
+        condition: str, predict: Predictor, parts: Iterable[Sequence[Scene]]
+    ) -> Iterator[Condition]:
+        found = [score(predict, part, classes, candidate.grid_size).get(HEADLINE) for part in parts]
+        counts = [np.array(one.confusion) for one in found if one is not None]
+        say(f"{condition}{'' if counts else ': no labelled points, no row'}")
+        if counts:
+            total = scores(np.sum(counts, axis=0), classes.names)
+            yield Condition(condition, candidate.name, PROTOCOL, seed, total)
 
     whole = fit(train)
-    yield from row("everything", whole, test)
+    yield from row("everything", whole, [test])
     for name, missing in MISSING.items():
         drop = partial(_without, missing)
-        yield from row(name, fit(train.with_change(drop)), test.with_change(drop))
-        yield from row(f"{name}, in the test alone", whole, test.with_change(drop))
+        yield from row(name, fit(train.with_change(drop)), [test.with_change(drop)])
+        yield from row(f"{name}, in the test alone", whole, [test.with_change(drop)])
     for share in SHARES:
         if share >= label_share:
             continue
         thin = partial(thin_labels, share=share / label_share, seed=seed)
-        yield from row(f"{share:.0%} of the labels", fit(train.with_change(thin)), test)
-    framed = framed_scenes(test_entries)
-    for name, axes in FRAMES.items() if framed else ():
-        parts = [part for scene, frames in framed for part in views(scene, frames, axes)]
-        yield from row(name, whole, parts)
+        yield from row(f"{share:.0%} of the labels", fit(train.with_change(thin)), [test])
+    for name, axes in FRAMES.items():  # scene by scene: all frames of a data set are too many
+        framed = framed_scenes(test_entries)
+        yield from row(name, whole, (list(views(*one, axes)) for one in framed))
 
 
 def _without(names: tuple[Any, ...], scene: Scene) -> Scene:

@@ -25,6 +25,7 @@ HEADS = {
     "grid_size": "voxel size",
     "tree": "tree",
     "settings": "settings",
+    "classes": "classes",
     "train_scenes": "training scenes",
     "test_scenes": "test scenes",
 }

@@ -50,8 +50,8 @@ class Weights:
         back: Concerto's image branch, counters of batch norms.
       source: where they come from: `file`, `format`, `sha256`, and what the way back needs:
         `prefix` of Pointcept's keys, `dtypes` (name -> keys) other than float32, `numbers`; and
-        how many `keys` there were. Of what was trained here `grid_size` in metres, and a
-        segmentor's `classes`.
+        how many `keys` there were. Of what was trained here `grid_size` in metres, and of a
+        segmentor `classes` and `learned`: the `sources` of its labels, and what it started `from`.
     """
 
     kind: str

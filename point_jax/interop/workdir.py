@@ -1,7 +1,7 @@
 """The newest checkpoint of a run of this project as `Weights`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from point_jax.interop.convert import backbone_template
 from point_jax.interop.files import read_json
 from point_jax.interop.pointcept import to_state_dict
 from point_jax.interop.release import config_of
-from point_jax.interop.store import SEGMENTOR, Weights, digest, leaves
+from point_jax.interop.store import MANIFEST, SEGMENTOR, Weights, digest, leaves
 from point_jax.models.functional import functional
 from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.objectives.settings import ONLINE, default_network, network_spec
@@ -54,27 +54,44 @@ def find_run(path: Path) -> tuple[Path, int] | None:
 
 
 def data_sources(path: Path) -> list[Mapping[str, Any]] | None:
-    """What a run was trained on, with those that it started from and that taught it.
+    """What weights have learned from, and those that they started from and that taught them.
 
     Args:
-      path: see `find_run`; the same errors.
+      path: see `find_run`, or the weights of a segmentation.
 
     Returns:
-      Sources as the configs list them; None where one of these is no run whose folder is here.
+      Sources as the configs list them; None where one of these is not known here.
     """
-    found = find_run(path)
-    if found is None:
+    lists = [sources for sources, _ in _lineage(path)]
+    if any(sources is None for sources in lists):
         return None
-    config = read_json(found[0] / CONFIG).get("config", {})
-    sources = config.get("data", {}).get("sources")
-    for key, nobody in (("init_from", ""), ("teacher", ONLINE)):
-        if (other := config.get(key, nobody)) != nobody:
-            try:
-                more = data_sources(storage.place(other))
-            except CheckpointError:  # its checkpoints are gone
-                more = None
-            sources = None if sources is None or more is None else [*sources, *more]
-    return sources
+    return [entry for sources in lists for entry in sources or ()]
+
+
+def label_sources(path: Path) -> list[Mapping[str, Any]]:
+    """Those of `data_sources` whose labels were learned too, as far as they are known here."""
+    return [entry for sources, labels in _lineage(path) if labels for entry in sources or ()]
+
+
+def _lineage(path: Path) -> Iterator[tuple[list[Mapping[str, Any]] | None, bool]]:
+    """Sources and whether with their labels: of weights, and of all that they go back to."""
+    try:
+        found = find_run(path)
+    except CheckpointError:  # its checkpoints are gone
+        found = None
+    if found is not None:
+        config = read_json(found[0] / CONFIG).get("config", {})
+        learned = {
+            "sources": config.get("data", {}).get("sources"),
+            "from": [config.get("init_from", ""), config.get("teacher", ONLINE)],
+        }
+    else:
+        manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
+        learned = manifest.get("source", {}).get("learned", {})
+    yield learned.get("sources"), found is None
+    for other in learned.get("from", ()):
+        if other not in ("", ONLINE):
+            yield from _lineage(storage.place(other))
 
 
 def read_workdir(workdir: Path | str) -> Weights:

@@ -23,6 +23,7 @@ PACKAGES = ("point_jax", "jax", "jaxlib", "numpy", "flax", "orbax-checkpoint", "
 # Keys that may change when a run is resumed: they change what is written, where, how fast, and
 # whether the run goes on, not what is computed.
 HARMLESS = (
+    "about",  # the file's argument: what it decides are the other keys
     *("train.log_every", "train.max_bad_steps", "checkpoint.every", "checkpoint.keep"),
     *("mesh.fsdp", "mesh.rules", "mesh.smallest", "network.remat", "network.remat_levels"),
     *("data.threads", "data.prefetch", "data.cache", "data.skip_bad", "data.patience"),
