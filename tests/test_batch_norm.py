@@ -36,6 +36,8 @@ ENCODER = network_spec(small_config().network.to_dict() | FIRST)
 NETWORK = dataclasses.replace(ENCODER, decoder=(StageSpec(1, 6, 1, 32),))
 _, NORM = functional(lambda rngs: BatchNorm(4))
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def normalized(scale, bias, x):
     """The definition, float64."""

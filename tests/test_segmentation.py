@@ -44,6 +44,8 @@ QUIET = CropSpec(
 ENCODER = dataclasses.replace(network_spec(small_config().network), rotary=None)
 BOTH = dataclasses.replace(ENCODER, decoder=(StageSpec(1, 6, 1, 32),))
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def labelled_batch(**changes):
     """Little boxes; a point's label is the channel of its colour."""
