@@ -36,14 +36,13 @@ from point_jax.data.scenes import Scene
 from point_jax.evaluation.candidates import Candidate, find, floors, parse, untrained
 from point_jax.evaluation.features import Extractor
 from point_jax.evaluation.labelled_scenes import (
-    LabelledScenes,
     check_apart,
     check_labels,
     check_names,
     check_once,
     class_names,
-    identities,
     labelled_scenes,
+    scene_names,
 )
 from point_jax.evaluation.learned import refuse_taught, seen
 from point_jax.evaluation.lifting import unseen_share
@@ -216,7 +215,7 @@ class Evaluation:
             scores=found,
             config=self.source,
             data=self.config.dataset,
-            train_scenes=_names(self.train),
+            train_scenes=scene_names(self.train.sources),
             test_scenes=self.scored(),
             checkpoint=None if candidate.checkpoint is None else str(candidate.checkpoint),
             steps=candidate.steps,
@@ -239,7 +238,7 @@ class Evaluation:
 
     def scored(self) -> list[str]:
         """Names of the test scenes that have labels."""
-        names = _names(self.test)
+        names = scene_names(self.test.sources)
         if not self.config.test.submission:
             return names
         pairs = zip(names, self.test, strict=True)
@@ -354,11 +353,6 @@ def _bind(config: Config, workdir: Path) -> None:
 def _how_read(entry: Mapping[str, Any]) -> str:
     """What a source says beside which scenes they are: labels, units, image splits."""
     return repr(sorted((k, v) for k, v in entry.items() if k not in NOT_OF_SOURCES))
-
-
-def _names(scenes: LabelledScenes) -> list[str]:
-    """Names of scenes."""
-    return [Path(one).name for one in identities(scenes.sources)]
 
 
 def _config_file(argv: Sequence[str]) -> str:

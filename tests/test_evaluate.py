@@ -63,6 +63,18 @@ def run(workdir, protocol, encoder, *arguments):
     return command.run(evaluate.main, argv, None)
 
 
+def of_rooms(**seeds):
+    """Flags that take rooms of some seeds: first and end for `data`, `test` or both."""
+    return [
+        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {some}, 'spec': {SPEC}}},)"
+        for place, some in seeds.items()
+    ]
+
+
+def out_of_memory(*arguments):
+    raise RuntimeError("out of memory")
+
+
 def results(workdir):
     return json.loads((workdir / "results.json").read_text())
 
@@ -117,10 +129,7 @@ def test_a_network_with_a_decoder_is_trained_and_voted(tmp_path, capsys):
     segmentor = tmp_path / "segmentor"
     assert run(tmp_path / "again", "ridge", segmentor) == 0
     assert results(tmp_path / "again")["seen"] == 0
-    swapped = [
-        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
-        for place, seeds in {"test": (1, 7), "data": (7, 9)}.items()
-    ]
+    swapped = of_rooms(test=(1, 7), data=(7, 9))
     assert run(tmp_path / "taught", "ridge", segmentor, *swapped) == 1
     assert "has learned the labels of 2 scenes of config.test.sources" in capsys.readouterr().err
     assert run(tmp_path / "run", "ridge", tmp_path) == 1
@@ -203,10 +212,7 @@ def test_robustness_leaves_out_what_no_frame_shows_and_never_the_result(
     conditions = [row["condition"] for row in results(tmp_path / "a")["robustness"]]
     assert "neither" in conditions and not any("frame" in name for name in conditions)
 
-    def broken(*arguments):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(evaluate, "robustness", broken)
+    monkeypatch.setattr(evaluate, "robustness", out_of_memory)
     assert run(tmp_path / "b", "ridge", "raw", *arguments, "--config.test.robustness=True") == 1
     assert results(tmp_path / "b")["mIoU"] == results(tmp_path / "a")["mIoU"]
 
@@ -253,10 +259,7 @@ def test_what_decides_a_result_changes_the_digest(folders):
 
 def test_the_config_s_argument_has_one_spelling(tmp_path):
     asked = "configs/segmentation.py:encoder=tiny,protocol=ridge,data=rooms"
-    few = [
-        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
-        for place, seeds in {"test": (5, 7), "data": (0, 3)}.items()
-    ]
+    few = of_rooms(test=(5, 7), data=(0, 3))
     few += ["--config.crops.grid_size=0.1", "--config.test.floors=False", "--encoder=raw"]
     for config in (asked, "configs/segmentation.py:protocol=ridge,encoder=tiny"):
         argv = ["evaluate", f"--config={config}", f"--workdir={tmp_path}", *few]
@@ -266,14 +269,11 @@ def test_the_config_s_argument_has_one_spelling(tmp_path):
 
 
 def test_a_result_is_kept_whatever_happens_to_its_floors(tmp_path, capsys, monkeypatch):
-    def broken(*arguments):
-        raise RuntimeError("out of memory")
-
-    one = f"--config.data.sources=({{'kind': 'rooms', 'seeds': (0, 1), 'spec': {SPEC}}},)"
+    (one,) = of_rooms(data=(0, 1))
     assert run(tmp_path, "linear", "raw", one, "--config.test.floors=True") == 1
     assert "floors beside linear are fitted by logistic" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()  # said before anything is trained
-    monkeypatch.setattr(evaluate, "floors", broken)
+    monkeypatch.setattr(evaluate, "floors", out_of_memory)
     assert run(tmp_path, "ridge", "raw", "--config.test.floors=True") == 1
     assert results(tmp_path)["mIoU"] > 0 and results(tmp_path)["floors"] == []
 
@@ -305,12 +305,7 @@ def test_packed_scenes_are_known_by_their_shard(tmp_path, folders, capsys, monke
 
 
 def test_test_scenes_that_the_encoder_was_pretrained_on_are_counted(tmp_path, checkpoint):
-    ranges = {"test": (2, 7), "data": (7, 9)}
-    arguments = [
-        f"--config.{place}.sources=({{'kind': 'rooms', 'seeds': {seeds}, 'spec': {SPEC}}},)"
-        for place, seeds in ranges.items()
-    ]
-    assert run(tmp_path, "ridge", checkpoint, *arguments) == 0
+    assert run(tmp_path, "ridge", checkpoint, *of_rooms(test=(2, 7), data=(7, 9))) == 0
     assert results(tmp_path)["seen"] == 2  # of 0 to 3
     assert "pretrained on 2 of the test scenes" in (tmp_path / "results.md").read_text()
 

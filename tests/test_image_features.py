@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_said_before_the_run(scans, tmp_path):
         with pytest.raises(ValueError, match=message):
             make_objective(config_of(scans, **changes))
     objective, frozen = make_objective(config_of(scans))
-    assert not frozen and objective.images.channels == CHANNELS
+    assert frozen == {} and objective.images.channels == CHANNELS
     assert "image" not in jax.eval_shape(objective.init, jax.random.key(0))[1]
 
 

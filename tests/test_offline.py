@@ -18,7 +18,7 @@ from point_jax.interop.initial import initial_weights
 from point_jax.interop.offline import offline_teacher
 from point_jax.interop.release import config_of
 from point_jax.interop.store import Weights, save_weights
-from point_jax.interop.workdir import data_sources, read_workdir
+from point_jax.interop.workdir import data_sources, label_sources, read_workdir
 from point_jax.objectives.settings import make_sonata
 from point_jax.objectives.sonata import OFFLINE
 from point_jax.objectives.sonata_spec import OfflineTeacher
@@ -157,6 +157,11 @@ def test_what_a_run_knows_is_from_all_that_taught_it(tmp_path):
     third = run("third", init_from=second, teacher=f"{first}/checkpoints/1")
     kinds = [source["kind"] for source in data_sources(Path(third)) or ()]
     assert kinds == ["third", "second", "first", "first"]
+    assert label_sources(Path(third)) == []
+    # A segmentation has learned labels, and so has what starts from it.
+    labelled = run("labelled", protocol="full", init_from=third)
+    sixth = label_sources(Path(run("sixth", init_from=labelled)))
+    assert [source["kind"] for source in sixth] == ["labelled"]
     assert data_sources(Path(run("fourth", teacher="/gone"))) is None
     fifth = run("fifth", init_from=run("emptied"))
     (tmp_path / "emptied" / "checkpoints" / "1").rmdir()

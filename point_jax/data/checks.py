@@ -95,11 +95,9 @@ def check_coord(array: np.ndarray, file: Path, units: str) -> np.ndarray:
 
 def _units_hint(extent: float, units: str) -> str:
     """A question about units when only others would make the extent (metres) that of a room."""
-    if 1 <= extent <= 60:
-        return ""
-    rooms = {u: extent * scale / UNITS[units] for u, scale in UNITS.items() if u != units}
+    rooms = {u: extent * scale / UNITS[units] for u, scale in UNITS.items()}
     rooms = {u: size for u, size in rooms.items() if 1 <= size <= 60}
-    if not rooms:
+    if not rooms or units in rooms:
         return ""
     likely = min(rooms, key=lambda u: abs(math.log(rooms[u] / 6)))
     meaning = {"m": "metres", "cm": "centimetres", "mm": "millimetres"}[likely]

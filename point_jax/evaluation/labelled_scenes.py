@@ -111,6 +111,11 @@ def identities(sources: Sequence[Source]) -> list[str]:
     return [one for source in sources for one in source.identities]
 
 
+def scene_names(sources: Sequence[Source]) -> list[str]:
+    """The name of each scene, without loading it; several may have one."""
+    return [Path(one).name for one in identities(sources)]
+
+
 def check_once(sources: Sequence[Source], place: str) -> None:
     """Raises ValueError when a scene is there twice; a copy in another folder is another scene.
 
@@ -118,9 +123,7 @@ def check_once(sources: Sequence[Source], place: str) -> None:
       sources: built.
       place: the key that lists them, for the error.
     """
-    found = Counter(identities(sources))
-    twice = [one for one, times in found.items() if times > 1]
-    if twice:
+    if twice := _repeated(identities(sources)):
         raise ValueError(
             f"config.{place} has {len(twice)} scenes more than once, such as {twice[0]}: give each "
             "of them once"
@@ -129,13 +132,15 @@ def check_once(sources: Sequence[Source], place: str) -> None:
 
 def check_names(sources: Sequence[Source]) -> None:
     """Raises ValueError when two scenes have one name, by which a submission has their files."""
-    found = Counter(Path(one).name for one in identities(sources))
-    twice = [name for name, times in found.items() if times > 1]
-    if twice:
+    if twice := _repeated(scene_names(sources)):
         raise ValueError(
             f"config.test.sources has {len(twice)} names of several scenes, as {twice[0]}, and "
             "a submission has one file a name: evaluate them apart, each in a --workdir of its own"
         )
+
+
+def _repeated(words: Sequence[str]) -> list[str]:
+    return [word for word, times in Counter(words).items() if times > 1]
 
 
 def check_apart(train: Sequence[Source], test: Sequence[Source], places: tuple[str, str]) -> None:

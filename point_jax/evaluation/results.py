@@ -131,7 +131,7 @@ def find_results(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"{path} does not exist; expected a folder with {NAME}")
-        if path.name == NAME or path.is_file():
+        if _is(path):
             there = [path]
         else:
             there = [file for file in (path / NAME, *sorted(path.glob(f"*/{NAME}"))) if _is(file)]

@@ -5,7 +5,7 @@ normals it is fitted anew and tested without them; with few labels it is fitted 
 frames are seen by the probe of whole scenes, as a robot would.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -62,30 +62,34 @@ def robustness(
     def fit(scenes: Sequence[Scene]) -> Predictor:
         return fitted(PROTOCOL, candidate, scenes, len(classes), seed)
 
-    def row(
-        condition: str, predict: Predictor, parts: Iterable[Sequence[Scene]]
-    ) -> Iterator[Condition]:
-        found = [score(predict, part, classes, candidate.grid_size).get(HEADLINE) for part in parts]
-        counts = [np.array(one.confusion) for one in found if one is not None]
-        say(f"{condition}{'' if counts else ': no labelled points, no row'}")
-        if counts:
-            total = scores(np.sum(counts, axis=0), classes.names)
-            yield Condition(condition, candidate.name, PROTOCOL, seed, total)
+    def counts(predict: Predictor, scenes: Sequence[Scene]) -> np.ndarray:
+        found = score(predict, scenes, classes, candidate.grid_size).get(HEADLINE)
+        return none if found is None else np.array(found.confusion)
 
+    def row(condition: str, matrix: np.ndarray) -> Iterator[Condition]:
+        say(f"{condition}{'' if matrix.any() else ': no labelled points, no row'}")
+        if matrix.any():
+            found = scores(matrix, classes.names)
+            yield Condition(condition, candidate.name, PROTOCOL, seed, found)
+
+    none = np.zeros((len(classes), len(classes)), np.int64)
     whole = fit(train)
-    yield from row("everything", whole, [test])
+    yield from row("everything", counts(whole, test))
     for name, missing in MISSING.items():
         drop = partial(_without, missing)
-        yield from row(name, fit(train.with_change(drop)), [test.with_change(drop)])
-        yield from row(f"{name}, in the test alone", whole, [test.with_change(drop)])
+        yield from row(name, counts(fit(train.with_change(drop)), test.with_change(drop)))
+        yield from row(f"{name}, in the test alone", counts(whole, test.with_change(drop)))
     for share in SHARES:
         if share >= label_share:
             continue
         thin = partial(thin_labels, share=share / label_share, seed=seed)
-        yield from row(f"{share:.0%} of the labels", fit(train.with_change(thin)), [test])
-    for name, axes in FRAMES.items():  # scene by scene: all frames of a data set are too many
-        framed = framed_scenes(test_entries)
-        yield from row(name, whole, (list(views(*one, axes)) for one in framed))
+        yield from row(f"{share:.0%} of the labels", counts(fit(train.with_change(thin)), test))
+    framed = dict.fromkeys(FRAMES, none)
+    for scene, frames in framed_scenes(test_entries):  # all frames of a data set are too many
+        for name, axes in FRAMES.items():
+            framed[name] = framed[name] + counts(whole, list(views(scene, frames, axes)))
+    for name, matrix in framed.items():
+        yield from row(name, matrix)
 
 
 def _without(names: tuple[Any, ...], scene: Scene) -> Scene:

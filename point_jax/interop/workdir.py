@@ -81,15 +81,14 @@ def _lineage(path: Path) -> Iterator[tuple[list[Mapping[str, Any]] | None, bool]
         found = None
     if found is not None:
         config = read_json(found[0] / CONFIG).get("config", {})
-        learned = {
-            "sources": config.get("data", {}).get("sources"),
-            "from": [config.get("init_from", ""), config.get("teacher", ONLINE)],
-        }
+        sources, labels = config.get("data", {}).get("sources"), "protocol" in config
+        before = [config.get("init_from", ""), config.get("teacher", ONLINE)]
     else:
         manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else {}
         learned = manifest.get("source", {}).get("learned", {})
-    yield learned.get("sources"), found is None
-    for other in learned.get("from", ()):
+        sources, labels, before = learned.get("sources"), True, learned.get("from", [])
+    yield sources, labels
+    for other in before:
         if other not in ("", ONLINE):
             yield from _lineage(storage.place(other))
 
