@@ -52,6 +52,24 @@ def test_halving_the_grid_and_the_depth_drops_three_bits(curve):
     np.testing.assert_array_equal(as_int64(parent_code(fine)), as_int64(coarse))
 
 
+@pytest.mark.parametrize("curve", CURVES)
+def test_the_place_in_a_parent_is_the_codes_last_three_bits(curve):
+    grid = jnp.asarray(np.random.default_rng(2).integers(0, 2**9, (256, 3)), jnp.int32)
+    depth = jnp.arange(256) % 8 + 9
+    place = jax.jit(curves.place_in_parent, static_argnames="curve")(grid, curve, depth)
+    np.testing.assert_array_equal(place, as_int64(encode(grid, curve, depth)) & 7)
+
+
+def test_several_curves_at_once_are_each_alone():
+    grid = jnp.asarray(np.random.default_rng(3).integers(0, 2**9, (64, 3)), jnp.int32)
+    depth = jnp.full(64, 10)
+    asked = ("hilbert-trans", "z", "hilbert", "z-trans", "hilbert")
+    high, low = curves.along_curves(curves.encode, grid, asked, depth)
+    for row, curve in enumerate(asked):
+        want = as_int64(encode(grid, curve, depth))
+        np.testing.assert_array_equal(as_int64((high[row], low[row])), want)
+
+
 def test_depth_may_differ_from_point_to_point():
     grid = jnp.asarray(np.random.default_rng(1).integers(0, 8, (64, 3)), jnp.int32)
     depth = jnp.arange(64) % 14 + 3

@@ -168,6 +168,12 @@ def test_groups_of_devices_are_read_in_all_three_forms():
     assert groups("replica_groups={{0,1},{2,3}}, x={}") == [(0, 1), (2, 3)]
     assert groups("replica_groups=[2,2]<=[4]") == [(0, 1), (2, 3)]
     assert groups("replica_groups=[2,2]<=[2,2]T(1,0), x") == [(0, 2), (1, 3)]
+    assert groups("replica_groups=mesh['data'=4] {'data'}, x={}") == [(0, 1, 2, 3)]
+    assert groups("replica_groups=mesh['data'=2,'fsdp'=2] {'fsdp'}, x") == [(0, 1), (2, 3)]
+    assert groups("replica_groups=mesh['data'=2,'fsdp'=2] {'data'}, x") == [(0, 2), (1, 3)]
+    assert groups("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x") == [(0, 1, 2, 3)]
+    with pytest.raises(ValueError, match="not understood: replica_groups=mesh"):
+        groups("replica_groups=mesh['a'=4] {'a':(1)2}, x")
 
 
 def test_a_batch_of_products_that_is_written_as_a_convolution_counts_its_pairs_alone():

@@ -2,13 +2,17 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import build_hierarchy_jit, clouds_of, level_key, load, make_row, voxel_key
 
+from point_jax.geometry.curves import CURVES, curve_depth, encode
 from point_jax.geometry.hierarchy import HierarchySpec, sort_row
 from point_jax.geometry.neighbours import offsets
+
+encode_jit = jax.jit(encode, static_argnames="curve")
 
 GOLDEN = [
     "b1_ptv3m2_enc_noflash",
@@ -89,7 +93,7 @@ SPEC = HierarchySpec(
 )
 
 
-def random_row(seed, duplicates, spec=SPEC):
+def random_row(seed, duplicates, spec=SPEC, depths=None):
     """Surfaces of random clouds of 0 to 200 points, two of them tiny."""
     rng = np.random.default_rng(seed)
     sizes = rng.permutation([1, 3, 200, 120, 0])
@@ -104,7 +108,8 @@ def random_row(seed, duplicates, spec=SPEC):
     )
     at = jnp.minimum(order, len(cloud) - 1)
     assert int(overflow) == max(0, len(cloud) - spec.capacities[0])
-    return build_hierarchy_jit(jnp.asarray(grid)[at], jnp.asarray(cloud)[at], count, spec=spec)
+    row = jnp.asarray(grid)[at], jnp.asarray(cloud)[at], count
+    return build_hierarchy_jit(*row, spec=spec, depths=depths)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -155,13 +160,40 @@ def test_orders_are_permutations_that_keep_clouds_together(seed):
             np.testing.assert_array_equal(np.asarray(level.cloud)[order], np.asarray(level.cloud))
 
 
-def test_orders_by_appearance_equal_sorted_ones_where_the_depth_falls():
-    """Every level of a cloud built alone at its own depth has the same orders, sorted anew."""
-    hierarchy = random_row(1, duplicates=False)
-    for index, level in enumerate(hierarchy[1:], start=1):
-        spec = HierarchySpec(SPEC.capacities[index:], 5, SPEC.patch_sizes[index:], SPEC.curves)
-        alone = build_hierarchy_jit(level.grid, level.cloud, level.count, spec=spec)
-        np.testing.assert_array_equal(alone[0].orders, level.orders)
+ALONG = HierarchySpec((512, 400, 300, 200), 5, ((48,),) * 4, CURVES)
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_orders_are_those_of_sorting_every_level_by_its_codes(seed, duplicates):
+    """By (cloud, code, row), at the depth that each cloud has on each level."""
+    expect_sorted(random_row(seed, duplicates, ALONG), default_depths)
+
+
+def test_orders_may_take_any_depths_that_hold_the_voxels():
+    """Some depths stay several times and some fall by two: a curve turns up to twice on the way."""
+    given = jnp.array([[9, 7, 6, 8, 7], [8, 7, 7, 6, 6], [7, 7, 6, 6, 4], [7, 7, 3, 5, 4]])
+    hierarchy = random_row(7, True, ALONG, given)
+    expect_sorted(hierarchy, lambda index, level: given[index])
+
+
+def default_depths(index, level):
+    """Bits an axis of every cloud by the rule of grid pooling."""
+    del index
+    grid, cloud = np.asarray(level.grid), np.asarray(level.cloud)
+    largest = [grid[cloud == c].max(initial=0) for c in range(5)]
+    return curve_depth(jnp.array(largest, jnp.int32))
+
+
+def expect_sorted(hierarchy, depths):
+    for index, level in enumerate(hierarchy):
+        used = int(level.count)
+        cloud = np.asarray(level.cloud)[:used]
+        for curve, order in zip(CURVES, np.asarray(level.orders), strict=True):
+            depth = jnp.append(depths(index, level), 1)[level.cloud]
+            high, low = (np.asarray(part)[:used] for part in encode_jit(level.grid, curve, depth))
+            np.testing.assert_array_equal(order[:used], np.lexsort((low, high, cloud)))
+            np.testing.assert_array_equal(order[used:], np.arange(used, len(order)))
 
 
 def test_depths_that_fall_by_one_never_turn_a_hilbert_curve():
@@ -190,6 +222,10 @@ def test_overflow_is_counted_and_what_fits_is_kept():
     kept = np.asarray(cut[1].grid)
     np.testing.assert_array_equal(kept, np.asarray(full[1].grid)[:100])
     assert (np.asarray(cut[0].parent)[np.asarray(full[0].parent)[:300] >= 100] == 100).all()
+    for level, coarser in itertools.pairwise(cut):
+        # What has no place on the next level keeps its own along every curve.
+        left = np.flatnonzero(np.asarray(level.parent) == len(coarser.cloud))
+        assert len(left) and (np.asarray(level.orders)[:, left] == left).all()
 
 
 def test_a_row_of_clouds_longer_than_a_patch_borrows_and_short_ones_share():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.running import running_sum
 from point_jax.geometry.sampling import bounds, floor_divide
 from point_jax.geometry.select import smallest
 from point_jax.geometry.sorting import sort_words
@@ -35,7 +36,7 @@ def block_index(coord: jax.Array, valid: jax.Array, size: Scalar) -> tuple[jax.A
     (x, yz), order = sort_words((x, yz))
 
     changes = (x[1:] != x[:-1]) | (yz[1:] != yz[:-1])
-    rank = jnp.cumsum(jnp.pad(changes, (1, 0)).astype(jnp.int32))
+    rank = running_sum(jnp.pad(changes, (1, 0)))
     block = jnp.zeros_like(rank).at[order].set(rank, unique_indices=True)
     block = jnp.where(valid, block, -1)
     return block, jnp.max(block, initial=-1) + 1

@@ -5,7 +5,8 @@ which hold 24 bits each: `code = high << 24 | low`. `low` interleaves the lower 
 axes, `high` the upper 8. Comparing pairs lexicographically compares codes.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,7 @@ def encode(grid: jax.Array, curve: Curve, depth: jax.Array | int = MAX_DEPTH) ->
     Returns:
       (high, low), uint32 of shape (...). Equal to the originals' codes bit for bit.
     """
-    if curve.endswith("-trans"):
-        grid = grid[..., jnp.array([1, 0, 2])]
+    grid = _exchanged(grid, curve)
     return hilbert_code(grid, depth) if curve.startswith("hilbert") else z_code(grid)
 
 
@@ -71,6 +71,36 @@ def hilbert_code(grid: jax.Array, depth: jax.Array | int = MAX_DEPTH) -> Code:
     Returns:
       (high, low), uint32 of shape (...).
     """
+    high, low = z_code(jnp.stack(_hilbert_axes(grid, depth), axis=-1))
+    # The transform leaves a Gray code over all 48 bits; its binary value is the running
+    # exclusive-or.
+    high, low = _running_xor(high), _running_xor(low)
+    return high, jnp.where(high & 1 == 1, low ^ 0xFFFFFF, low)
+
+
+def place_in_parent(grid: jax.Array, curve: Curve, depth: jax.Array | int = MAX_DEPTH) -> jax.Array:
+    """The code's last three bits: which of its parent's children a voxel is along a curve.
+
+    Args:
+      grid, curve, depth: as for `encode`.
+
+    Returns:
+      (...) int32 in [0, 8).
+    """
+    grid = _exchanged(grid, curve)
+    if not curve.startswith("hilbert"):
+        x, y, z = (grid[..., axis] & 1 for axis in range(3))
+        return (x << 2) | (y << 1) | z
+    x, y, z = _hilbert_axes(grid, depth)
+    # As in the code, every bit is the exclusive-or with all bits above it.
+    x = jax.lax.population_count((x ^ y ^ z) >> 1) ^ x
+    y = y ^ x
+    z = z ^ y
+    return (((x & 1) << 2) | ((y & 1) << 1) | (z & 1)).astype(jnp.int32)
+
+
+def _hilbert_axes(grid: jax.Array, depth: jax.Array | int) -> tuple[jax.Array, ...]:
+    """x, y and z of the Hilbert code before they are interleaved, uint32 of shape (...)."""
     depth = jnp.broadcast_to(jnp.asarray(depth, jnp.int32), grid.shape[:-1])
 
     def fold(i, axes):
@@ -87,12 +117,33 @@ def hilbert_code(grid: jax.Array, depth: jax.Array | int = MAX_DEPTH) -> Code:
 
     # A loop, because sixteen copies of its body took XLA longer to compile than to run.
     axes = tuple(grid[..., axis].astype(jnp.uint32) for axis in range(3))
-    axes = jax.lax.fori_loop(0, MAX_DEPTH, fold, axes)
-    high, low = z_code(jnp.stack(axes, axis=-1))
-    # The transform leaves a Gray code over all 48 bits; its binary value is the running
-    # exclusive-or.
-    high, low = _running_xor(high), _running_xor(low)
-    return high, jnp.where(high & 1 == 1, low ^ 0xFFFFFF, low)
+    return jax.lax.fori_loop(0, MAX_DEPTH, fold, axes)
+
+
+def along_curves(
+    function: Callable[[jax.Array, Curve, jax.Array], Any],
+    grid: jax.Array,
+    curves: Sequence[Curve],
+    depth: jax.Array,
+) -> Any:
+    """`function(grid, curve, depth)` of several curves, stacked: a leading axis O.
+
+    `function` is `encode` or `place_in_parent`. It is called once for both curves of a kind, so
+    that its loop compiles once.
+    """
+    found = {}
+    kinds: tuple[Curve, ...] = ("z", "hilbert")
+    for kind in kinds:
+        mine = [c for c in dict.fromkeys(curves) if c.removesuffix("-trans") == kind]
+        if mine:
+            values = function(jnp.stack([_exchanged(grid, c) for c in mine]), kind, depth)
+            found |= {c: jax.tree.map(lambda x, i=i: x[i], values) for i, c in enumerate(mine)}
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *(found[c] for c in curves))
+
+
+def _exchanged(grid: jax.Array, curve: Curve) -> jax.Array:
+    """The grid (..., 3) as the curve sees it: the "-trans" ones exchange x and y."""
+    return grid[..., jnp.array([1, 0, 2])] if curve.endswith("-trans") else grid
 
 
 def parent_code(code: Code) -> Code:

@@ -5,18 +5,20 @@ Computed once per row from voxel coordinates, without gradients; networks take
 children of a cluster are contiguous, and a coarser level comes out sorted without sorting again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.curves import CURVES, Curve, curve_depth, encode, z_code
-from point_jax.geometry.neighbours import refine_neighbours, search_neighbours, sort_key
+from point_jax.geometry.curves import CURVES, Curve, curve_depth, z_code
+from point_jax.geometry.neighbours import refine_neighbours, search_neighbours
+from point_jax.geometry.orders import build_orders
 from point_jax.geometry.pairs import Pairs, find_pairs
 from point_jax.geometry.patches import PatchLayout, build_patches
+from point_jax.geometry.running import running_sum
+from point_jax.geometry.sorting import sort_words
 
-MAX_CLOUDS = 255  # the cloud shares a 32-bit sort key with 24 bits of the code
+MAX_CLOUDS = 255  # the cloud shares a 32-bit sort key with 24 bits of the code (`sort_key`)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,12 @@ def sort_row(
       overflow: () int32, points that did not fit; the last ones of the sort.
     """
     points = grid.shape[0]
-    high, low = sort_key(z_code(grid), cloud, valid)
-    index = jnp.arange(points, dtype=jnp.int32)
-    order = jax.lax.sort((high, low, index), num_keys=2, is_stable=True)[2]
+    high, low = z_code(grid)
+    upper = (cloud.astype(jnp.uint32) << 16) | (high >> 8)
+    # As few bits as the row needs; what is not valid is one above all that is.
+    beyond = jnp.max(upper, where=valid, initial=0) + 1
+    upper = jnp.where(valid, upper, beyond)
+    _, order = sort_words((upper, jnp.where(valid, (high << 24) | low, 0)))
     order = jnp.pad(order, (0, max(0, capacity - points)))[:capacity]
     total = valid.sum(dtype=jnp.int32)
     count = jnp.minimum(total, capacity)
@@ -159,14 +164,21 @@ def build_hierarchy(
         else:
             depths = jnp.stack([jnp.maximum(curve_depth(largest) - level, 1) for level in steps])
 
-    # Bottom-up: voxels, parents, orders.
+    # Bottom-up: voxels and parents.
     parts: list[dict] = []
-    orders = _sorted_orders(grid, cloud, depths[0], spec.curves)
     first_child = jnp.zeros(spec.capacities[0] + 1, jnp.int32)
     overflow = jnp.zeros((), jnp.int32)
     for level, capacity in enumerate(spec.capacities):
-        part = dict(grid=grid, cloud=cloud, count=count, orders=orders, overflow=overflow)
-        part.update(first_child=first_child, voxel=_representatives(grid, cloud, count))
+        part = dict(grid=grid, cloud=cloud, count=count, overflow=overflow)
+        part["first_child"] = first_child
+        if level == 0:
+            part["voxel"] = _representatives(grid, cloud, count)
+        else:
+            rows = jnp.arange(capacity, dtype=jnp.int32)
+            part["voxel"] = jnp.where(rows < count, rows, capacity)
+        # Of so few clouds; a search row by row is a loop of its own, which costs accelerators more.
+        before = cloud[None] < jnp.arange(spec.clouds + 1)[:, None]
+        part["starts"] = before.sum(1, dtype=jnp.int32)
         if level + 1 == len(spec.capacities):
             parts.append(part | dict(parent=jnp.zeros(capacity, jnp.int32)))
             break
@@ -174,12 +186,10 @@ def build_hierarchy(
         grid, cloud, count, parent, first_child, overflow = _coarsen(
             grid, cloud, count, coarser, spec.clouds
         )
-        orders = _coarser_orders(
-            orders, parent, grid, cloud, depths[level : level + 2], spec.curves
-        )
         parts.append(part | dict(parent=parent))
 
-    # Top-down: neighbours. Patches need only the sizes.
+    # Top-down: orders and neighbours. Patches need only the sizes.
+    orders = build_orders(parts, depths, spec.curves)
     levels: list[Level] = []
     neighbours = None
     for level in reversed(range(len(parts))):
@@ -188,16 +198,13 @@ def build_hierarchy(
         if level == 0 and spec.stem_radius:
             wide = _neighbours(part, neighbours, spec.stem_radius)
         neighbours = _neighbours(part, neighbours, 1)
-        # Of so few clouds; a search row by row is a loop of its own, which costs accelerators more.
-        before = part["cloud"][None] < jnp.arange(spec.clouds + 1)[:, None]
-        starts = before.sum(1, dtype=jnp.int32)
-        inverses = _inverse(part["orders"])
+        order, position = orders[level]
         patches = {
-            size: build_patches(part["orders"], inverses, part["cloud"], starts, size)
+            size: build_patches(order, position, part["cloud"], part["starts"], size)
             for size in sorted(set(spec.patch_sizes[level]))
         }
         part |= dict(neighbours=neighbours, pairs=find_pairs(neighbours), stem_neighbours=wide)
-        levels.append(Level(**part, starts=starts, patches=patches))
+        levels.append(Level(**part, orders=order, patches=patches))
     return tuple(reversed(levels))
 
 
@@ -220,15 +227,18 @@ def _first_of_voxel(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax.
 
 def _representatives(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax.Array:
     """(N,) int32: the first row of each row's voxel; N in padding."""
-    rows = jnp.arange(len(cloud), dtype=jnp.int32)
+    size = len(cloud)
+    rows = jnp.arange(size, dtype=jnp.int32)
     first = _first_of_voxel(grid, cloud, count)
-    return jnp.where(rows < count, jax.lax.cummax(jnp.where(first, rows, 0)), len(cloud))
+    voxel = running_sum(first) - 1
+    begin = jnp.zeros(size, jnp.int32).at[jnp.where(first, voxel, size)].set(rows, mode="drop")
+    return jnp.where(rows < count, begin[voxel], size)
 
 
 def _coarsen(grid: jax.Array, cloud: jax.Array, count: jax.Array, capacity: int, clouds: int):
     """Voxels of the next level, the parent of each row, and where each cluster's children start."""
     starts_cluster = _first_of_voxel(grid >> 1, cloud, count)
-    rank = jnp.cumsum(starts_cluster, dtype=jnp.int32) - 1
+    rank = running_sum(starts_cluster) - 1
     total = starts_cluster.sum(dtype=jnp.int32)
     coarse_count = jnp.minimum(total, capacity)
     valid = jnp.arange(len(cloud)) < count
@@ -242,65 +252,3 @@ def _coarsen(grid: jax.Array, cloud: jax.Array, count: jax.Array, capacity: int,
     coarse_grid = jnp.where(used[:, None], grid[head] >> 1, 0)
     coarse_cloud = jnp.where(used, cloud[head], clouds)
     return coarse_grid, coarse_cloud, coarse_count, parent, first_child, total - coarse_count
-
-
-def _sorted_orders(
-    grid: jax.Array, cloud: jax.Array, depth: jax.Array, curves: Sequence[Curve]
-) -> jax.Array:
-    """(O, N) orders of a row along each curve by sorting; along "z" the row is sorted already."""
-    index = jnp.arange(len(cloud), dtype=jnp.int32)
-    orders: dict[Curve, jax.Array] = {"z": index}
-    rest: list[Curve] = [curve for curve in curves if curve != "z"]
-    if rest:
-        depth = jnp.append(depth, 1)
-        valid = cloud < len(depth) - 1
-        keys = [sort_key(encode(grid, curve, depth[cloud]), cloud, valid) for curve in rest]
-        high, low = (jnp.stack(part) for part in zip(*keys, strict=True))
-        indices = jnp.broadcast_to(index, high.shape)
-        found = jax.lax.sort((high, low, indices), num_keys=2, is_stable=True)[2]
-        orders.update(zip(rest, found, strict=True))
-    return jnp.stack([orders[curve] for curve in curves])
-
-
-def _coarser_orders(
-    orders: jax.Array,
-    parent: jax.Array,
-    grid: jax.Array,
-    cloud: jax.Array,
-    depths: jax.Array,
-    curves: Sequence[Curve],
-) -> jax.Array:
-    """Orders of the next level: clusters by first appearance along each finer order.
-
-    This holds while every cloud's depth falls by one, since then its codes only lose their last
-    three bits. Where a depth stays, Hilbert codes turn (REFERENCE quirk 3), and the level is
-    sorted.
-    """
-    capacity = len(cloud)
-
-    def by_appearance():
-        along = parent[orders]  # (O, N)
-        new = jnp.pad(along[:, 1:] != along[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        new &= along < capacity
-        rank = jnp.where(new, jnp.cumsum(new, axis=1, dtype=jnp.int32) - 1, capacity)
-        start = jnp.broadcast_to(jnp.arange(capacity, dtype=jnp.int32), (len(curves), capacity))
-        return jax.vmap(lambda order, at, row: order.at[at].set(row, mode="drop"))(
-            start, rank, along
-        )
-
-    def by_sorting():
-        return _sorted_orders(grid, cloud, depths[1], curves)
-
-    if not any(curve.startswith("hilbert") for curve in curves):
-        return by_appearance()
-    points = jax.ops.segment_sum(
-        jnp.ones_like(cloud), cloud, depths.shape[1], indices_are_sorted=True
-    )
-    turns = ((points > 1) & (depths[1] != depths[0] - 1)).any()
-    return jax.lax.cond(turns, by_sorting, by_appearance)
-
-
-def _inverse(orders: jax.Array) -> jax.Array:
-    """(O, N) position of each point in each order."""
-    position = jnp.arange(orders.shape[1], dtype=jnp.int32)
-    return jax.vmap(lambda order: jnp.zeros_like(order).at[order].set(position))(orders)

@@ -22,8 +22,6 @@ TAPS = len(offsets(1))
 
 _LAST = np.uint32(0xFFFFFFFF)  # sorts after every key
 
-_OCTANTS = np.stack(np.meshgrid(*[np.arange(2)] * 3, indexing="ij"), -1).reshape(-1, 3)
-
 
 def octant(grid: jax.Array) -> jax.Array:
     """Which of its parent's eight children a voxel is: (..., 3) int32 -> (...) int32 in [0, 8)."""
@@ -89,14 +87,18 @@ def refine_neighbours(
       (T, N) int32: the first row that holds the voxel at each tap; N for none.
     """
     capacity, parents = grid.shape[0], coarse.shape[1]
-    step = _OCTANTS[:, None] + offsets(radius)[None]  # (8, T, 3), voxels from the parent's corner
-    parent_tap = ((step >> 1) + 1) @ np.array([9, 3, 1])  # (8, T)
-    child_octant = (step & 1) @ np.array([4, 2, 1])  # (8, T)
-    which = octant(grid)
     child = jnp.full((parents + 1) * 8, capacity, jnp.int32)
-    slot = jnp.where(first & (parent < parents), parent * 8 + which, child.size)
+    slot = jnp.where(first & (parent < parents), parent * 8 + octant(grid), child.size)
     child = child.at[slot].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
     coarse = jnp.pad(coarse, ((0, 0), (0, 1)), constant_values=parents).reshape(-1)
-    tap = jnp.asarray(parent_tap.T, jnp.int32)[:, which]  # (T, N)
-    uncle = coarse[tap * (parents + 1) + parent[None]]
-    return child[uncle * 8 + jnp.asarray(child_octant.T, jnp.int32)[:, which]]
+    # (T, N) along each axis: voxels from the parent's corner.
+    steps = [
+        (grid[:, axis] & 1)[None] + jnp.asarray(offsets(radius)[:, axis, None], jnp.int32)
+        for axis in range(3)
+    ]
+    x, y, z = ((step >> 1) + 1 for step in steps)
+    uncle = (9 * x + 3 * y + z) * (parents + 1) + parent[None]
+    x, y, z = (step & 1 for step in steps)
+    which = 4 * x + 2 * y + z
+    # Flat: a gather by two dimensions of indices takes TPUs' compiler five times as long.
+    return child[coarse[uncle.reshape(-1)] * 8 + which.reshape(-1)].reshape(which.shape)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.loops import planned
+from point_jax.geometry.running import running_sum
 
 BLOCK = 256
 LARGEST = jnp.iinfo(jnp.int32).max
@@ -90,11 +91,11 @@ def member(mask: jax.Array, rank: jax.Array | int) -> jax.Array:
     """
     blocks = jnp.pad(mask, (0, -mask.shape[0] % BLOCK)).reshape(-1, BLOCK)
     counts = jnp.sum(blocks.astype(jnp.float32), axis=1).astype(jnp.int32)
-    ends = jnp.cumsum(counts)
+    ends = running_sum(counts)
     rank = jnp.maximum(rank, 0)
     block = jnp.minimum(number(ends <= rank), counts.shape[0] - 1)
     rest = rank - (ends[block] - counts[block])
-    row = block * BLOCK + number(jnp.cumsum(blocks[block]) <= rest)
+    row = block * BLOCK + number(running_sum(blocks[block]) <= rest)
     return jnp.where(rank < ends[-1], row, mask.shape[0])
 
 
@@ -110,7 +111,7 @@ def compact(mask: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
       most `capacity`. Members beyond the capacity are left out; the caller knows `number(mask)`.
     """
     rows = jnp.arange(mask.shape[0], dtype=jnp.int32)
-    ends = jnp.cumsum(mask, dtype=jnp.int32)
+    ends = running_sum(mask)
     # A row to leave out gets a slot of its own beyond the capacity: no slot is written twice, so
     # this scatter has one result on every platform. (On CPUs it beats a search by gathers.)
     slot = jnp.where(mask & (ends <= capacity), ends - 1, capacity + rows)

@@ -374,22 +374,43 @@ def _convolution_flops(this: Instruction, left: Shape, right: Shape) -> float:
 
 
 def replica_groups(attributes: str) -> list[tuple[int, ...]]:
-    """Groups of devices of a collective: `{{0,1},{2,3}}` or `[2,2]<=[4]T(0)`; [] if not said."""
+    """Groups of devices of a collective; [] if it does not say.
+
+    It says them as `{{0,1},{2,3}}`, `[2,2]<=[4]T(0)` or, from JAX 0.12 on, by the axes of a mesh
+    along which devices are of one group, `mesh['a'=2,'b'=2] {'b'}`.
+
+    Raises:
+      ValueError: some other way.
+    """
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        along = re.findall(r"'(\w+)'", found[2])
+        if found[2] == ",".join(f"'{name}'" for name in along) and set(along) <= set(names):
+            across = [d for d, name in enumerate(names) if name not in along]
+            order = [*across, *(names.index(name) for name in along)]
+            columns = math.prod(sizes[names.index(name)] for name in along)
+            return _cut(sizes, order, columns)
     if found := re.search(r"replica_groups=\{(\{[^=]*?\})\}", attributes):
         groups = re.findall(r"\{([\d,]*)\}", found[1])
         return [tuple(int(n) for n in group.split(",") if n) for group in groups]
     pattern = r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if found := re.search(pattern, attributes):
-        rows, columns = int(found[1]), int(found[2])
         sizes = [int(n) for n in found[3].split(",")]
         order = [int(n) for n in found[4].split(",")] if found[4] else list(range(len(sizes)))
-        strides = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
-        ranges = (range(sizes[d]) for d in order)
-        devices = [
-            sum(at * strides[d] for at, d in zip(place, order, strict=True))
-            for place in itertools.product(*ranges)
-        ]
-        return [tuple(devices[row * columns : (row + 1) * columns]) for row in range(rows)]
+        return _cut(sizes, order, int(found[2]))
     if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
         return [tuple(int(n) for n in found[1].strip("{}").split("},{")[0].split(","))]
+    if found := re.search(r"replica_groups=(?!\{\})\S+(?: \{[^}]*\})?", attributes):
+        raise ValueError(f"a collective's groups of devices are not understood: {found[0]}")
     return []
+
+
+def _cut(sizes: Sequence[int], order: Sequence[int], columns: int) -> list[tuple[int, ...]]:
+    """Numbers laid out by `sizes`, read with the axes in `order`, in runs of `columns`."""
+    strides = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+    devices = [
+        sum(at * strides[d] for at, d in zip(place, order, strict=True))
+        for place in itertools.product(*(range(sizes[d]) for d in order))
+    ]
+    return [tuple(devices[i : i + columns]) for i in range(0, len(devices), columns)]

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.running import running_sum
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Negative log probability of every point's label.
@@ -55,10 +57,10 @@ def _weights(errors: jax.Array, inside: jax.Array, counted: jax.Array) -> jax.Ar
     # Points that do not count come last; a stable order makes equal errors repeatable.
     rank = jnp.where(counted, -errors, jnp.inf)
     _, order = jax.lax.sort((rank, jnp.arange(size)), num_keys=1, is_stable=True)
-    right = inside[order].astype(jnp.float32)
-    wrong = (counted & ~inside)[order].astype(jnp.float32)
-    total = right.sum()
-    jaccard = 1.0 - (total - jnp.cumsum(right)) / jnp.maximum(total + jnp.cumsum(wrong), 1.0)
+    right = running_sum(inside[order]).astype(jnp.float32)
+    wrong = running_sum((counted & ~inside)[order]).astype(jnp.float32)
+    total = right[-1]
+    jaccard = 1.0 - (total - right) / jnp.maximum(total + wrong, 1.0)
     growth = jnp.diff(jaccard, prepend=0.0)
     # The inverse of the order, as a sort: no scatter.
     _, growth = jax.lax.sort((order, growth), num_keys=1)
