@@ -39,8 +39,10 @@ from point_jax.data.packed import (
     is_packed,
 )
 from point_jax.data.scenes import Dataset
+from point_jax.lock import HeldError, held
 
 PLAN = "plan.json"  # there while a packing is not complete: what it packs
+LOCK = ".lock"  # likewise: held by the process that packs
 ARRAYS = ("coord", "color", "normal", "instance")
 
 
@@ -174,27 +176,30 @@ def plan_of(dataset: dict[str, Dataset], shard_size: int) -> dict[str, Any]:
     return json.loads(json.dumps(plan))  # as it is read again
 
 
-def begin(output: Path, plan: dict[str, Any]) -> None:
-    """Makes the folder ready for a packing: new, or one that was stopped and is the same.
+def check_free(output: Path, plan: dict[str, Any]) -> None:
+    """A packing may use a folder that is not there, empty, or its own, stopped.
 
     Raises:
         SceneError: something else is there.
     """
     if is_packed(output):
         raise SceneError(f"{output} is packed already: choose another --output, or remove it")
-    file = output / PLAN
-    if file.exists():
-        if _read_json(file) != plan:
+    if (output / PLAN).exists():
+        if _read_json(output / PLAN) != plan:
             raise SceneError(
                 f"{output} has the beginning of another packing, or its scenes have changed: "
                 "remove it"
             )
-    elif output.exists() and any(output.iterdir()):
+    elif output.exists() and any(each.name != LOCK for each in output.iterdir()):
         raise SceneError(f"{output} is not empty: choose another --output, or remove it")
-    output.mkdir(parents=True, exist_ok=True)
+
+
+def begin(output: Path, plan: dict[str, Any]) -> None:
+    """Makes a folder, which this process holds, ready for a packing; see `check_free`."""
+    check_free(output, plan)  # what another process may have made meanwhile
     for left in output.glob(".*.tmp-*"):
         left.unlink()
-    write_json(file, plan)
+    write_json(output / PLAN, plan)
 
 
 def _read_json(file: Path) -> Any:
@@ -253,7 +258,26 @@ def pack(
         SceneError: a scene that training would refuse, or an output that is not free.
         RuntimeError, OSError: the output cannot be written.
     """
-    begin(output, plan_of(datasets, shard_size))
+    plan = plan_of(datasets, shard_size)
+    check_free(output, plan)
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(output / LOCK):
+            found = _pack(datasets, output, shard_size, plan, progress)
+            (output / LOCK).unlink()
+    except HeldError as error:
+        raise SceneError(f"another packing (process {error}) is writing to {output}") from error
+    return found
+
+
+def _pack(
+    datasets: dict[str, Dataset],
+    output: Path,
+    shard_size: int,
+    plan: dict[str, Any],
+    progress: Progress,
+) -> tuple[int, int]:
+    begin(output, plan)
     jobs = [
         (split, number, range(first, min(first + shard_size, len(dataset))))
         for split, dataset in datasets.items()

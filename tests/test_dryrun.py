@@ -142,6 +142,18 @@ def test_a_part_that_is_fetched_counts_as_the_part():
     assert (sizes["fetch"], sizes["copy"]) == (200 * 128 * 4, 1000 * 128 * 4)
 
 
+def test_a_fusion_that_runs_beside_others_counts_once_and_for_what_it_reads():
+    """As JAX 0.12's programs for GPUs start and await some."""
+    beside = (
+        "  %begun = ((f32[1000,128]{1,0:T(8,128)}, s32[]), f32[8,128]{1,0:T(8,128)}, u32[]) "
+        "fusion-start(%b, %c), kind=kLoop, calls=%fused\n"
+        "  %ended = f32[8,128]{1,0:T(8,128)} fusion-done(%begun)\n"
+    )
+    found = cost.count(hlo.parse(TEXT.replace("  ROOT %result", beside + "  ROOT %result")))
+    sizes = {kernel.name: kernel.size for kernel in found.kernels}
+    assert sizes["begun"] == sizes["part"] and "ended" not in sizes
+
+
 def test_a_search_between_two_bounds_is_no_counter():
     """What its scope says is what it runs, though its bounds start at constants."""
     text = TEXT.replace("while(%loop)", "while(%start)").replace("constant(7)", "constant(2000000)")

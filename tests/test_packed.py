@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -150,6 +151,26 @@ def test_records_keep_every_dtype_and_layout():
     for name, array in decode_arrays(encode_arrays(arrays)).items():
         assert array.dtype == arrays[name].dtype.newbyteorder("=") and array.flags.writeable
         np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_two_packings_into_one_folder_are_told(root, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "one"
+    output.mkdir()
+    hold = (
+        "import sys, pathlib; from point_jax.lock import held\n"
+        "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(output / pack.LOCK)]
+    flags = [f"--input={root}", f"--output={output}", "--splits", *SPLITS]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        code, text = run(monkeypatch, capsys, pack, *flags)
+        assert code == 1 and f"another packing (process {other.pid}) is writing to" in text
+        other.kill()  # which frees the folder
+    code, _ = run(monkeypatch, capsys, pack, *flags)
+    assert code == 0 and not (output / pack.LOCK).exists()
 
 
 def test_a_packing_that_was_stopped_is_not_there_and_goes_on(

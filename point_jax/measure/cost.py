@@ -29,9 +29,11 @@ _FREE = frozenset(
         *("partition-id", "replica-id", "opt-barrier", "add-dependency", "while", "conditional"),
         *("async-done", "async-update", "copy-done", "slice-done", "dynamic-slice-done"),
         *("dynamic-update-slice-done", "send-done", "recv-done", "all-reduce-done"),
-        *("all-gather-done", "collective-permute-done"),
+        *("all-gather-done", "collective-permute-done", "fusion-done"),
     }
 )
+# JAX 0.12's programs for GPUs start some fusions beside others and wait for them later.
+_FUSIONS = frozenset({"fusion", "fusion-start"})
 _MOVES = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 _PARTIAL = frozenset({"dynamic-slice", "slice", "gather"})  # read a part of their first operand
 # Marks of the TPU compiler's own, without work.
@@ -181,7 +183,7 @@ class _Walk:
         """
         if _kind(this.opcode):
             return [(this, None)]
-        if this.opcode != "fusion":
+        if this.opcode not in _FUSIONS:
             return []
         inner = self._module.computations[this.called[0]]
         starts = any('"AsyncCollectiveStart"' in i.attributes for i in inner)
@@ -203,7 +205,7 @@ class _Walk:
     # ---- Products.
 
     def _flops(self, this: Instruction, around: Computation) -> dict[Precision, float]:
-        if this.opcode == "fusion":
+        if this.opcode in _FUSIONS:
             total: Counter[Precision] = Counter()
             for name in this.called:
                 inner = self._module.computations[name]
@@ -229,13 +231,15 @@ class _Walk:
     # ---- Bytes.
 
     def _size(self, this: Instruction, around: Computation) -> float:
-        if this.opcode == "fusion":
-            inner = self._module.computations[this.called[0]]
+        if this.opcode in _FUSIONS:
+            inner, results = self._module.computations[this.called[0]], this.shapes
+            if this.opcode == "fusion-start":  # (operands, results, mark)
+                results = results[len(this.operands) : -1]
             read = sum(
                 self._read(inner, parameter, _shapes(around, name))
                 for parameter, name in zip(inner.parameters, this.operands, strict=False)
             )
-            return read + self._written(inner, inner.root, this.shapes)
+            return read + self._written(inner, inner.root, results)
         outputs = _stored(this.shapes)
         operands = [_stored(_shapes(around, name)) for name in this.operands]
         if this.opcode in _PARTIAL:
@@ -268,7 +272,7 @@ class _Walk:
                     total += user.shapes[0].stored
                 elif user.opcode == "dynamic-update-slice" and first:
                     continue  # written in place
-                elif user.opcode == "fusion":
+                elif user.opcode in _FUSIONS:
                     deeper = self._module.computations[user.called[0]]
                     places = [i for i, operand in enumerate(user.operands) if operand == name]
                     total += sum(self._read(deeper, deeper.parameters[i], given) for i in places)

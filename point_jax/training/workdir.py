@@ -1,11 +1,10 @@
 """The folder of a run: made, checked, and written by one process at a time."""
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from point_jax.lock import HeldError, held
 from point_jax.training import checkpoint
 from point_jax.training.config import ConfigError
 
@@ -27,23 +26,14 @@ def only_run_in(workdir: Path) -> Iterator[None]:
     try:
         for folder in (workdir, workdir / checkpoint.FOLDER, workdir / TENSORBOARD):
             folder.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
+        lock = contextlib.ExitStack()
+        lock.enter_context(held(workdir / ".lock"))
+    except HeldError as error:
+        raise TrainingStopped(f"another run (process {error}) is writing to {workdir}") from error
     except OSError as error:
         raise ConfigError(
             f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}); expected a "
             "folder that can be written"
         ) from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            raise TrainingStopped(
-                f"another run (process {file.read().strip()}) is writing to {workdir}"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    with lock:
         yield
