@@ -141,7 +141,11 @@ def test_a_bad_step_changes_nothing():
 def test_clipping_is_pytorchs(size):
     direction = np.array([3.0, -4.0, 12.0], np.float32) / 13
     grads = {"a": jnp.asarray(size * direction[:2]), "b": {"c": jnp.asarray(size * direction[2:])}}
+    sums = jax.tree.map(lambda grad: 5.0 * grad, grads)
+    mean = jax.jit(optimizer.clip_by_global_norm)(sums, 3.0, count=5.0)
     clipped, norm = jax.jit(optimizer.clip_by_global_norm)(grads, 3.0)
+    np.testing.assert_allclose(mean[1], norm, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), mean[0], clipped)
     assert norm == pytest.approx(size, rel=1e-6)
     factor = min(1.0, 3.0 / (size + 1e-6))
     ours = np.concatenate([clipped["a"], clipped["b"]["c"]])

@@ -50,7 +50,9 @@ def test_every_part_is_on_the_map():
 
 @pytest.mark.parametrize("part", LEANS_ON)
 def test_parts_lean_as_the_map_says(part: str):
-    allowed = tuple(f"point_jax.{name}." for name in (part, "limits", "lock", "storage", *LEANS_ON[part]))
+    allowed = tuple(
+        f"point_jax.{name}." for name in (part, "limits", "lock", "storage", *LEANS_ON[part])
+    )
     for file in (ROOT / "point_jax" / part).rglob("*.py"):
         for name in project_imports(file):
             assert f"{name}.".startswith(allowed), f"{file.relative_to(ROOT)} imports {name}"

@@ -70,10 +70,13 @@ def log_sum_over_points(
         rows, fresh = _block(embedding, i, size)
         use = jnp.where(fresh, _block(weight, i, size)[0], 0.0)
         scores = rows @ directions.T / temperature  # (block, Q)
-        if log_scale is not None:
-            scores -= jax.nn.logsumexp(scores + log_scale[None], axis=1, keepdims=True)
-        scores = jnp.where(use[:, None] > 0, scores, -jnp.inf)
-        return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
+        if log_scale is None:
+            scores = jnp.where(use[:, None] > 0, scores, -jnp.inf)
+            return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
+        # Of scales that a half-step over the same points has left, every prototype has a point
+        # with at least 1 / (A Q) of what that point's best one has: sums of float32 hold it.
+        weights, share, _ = _softmax(scores + log_scale[None])
+        return jnp.logaddexp(total, jnp.log((use * share) @ weights) - log_scale)
 
     empty = jnp.full(len(directions), -jnp.inf)
     return _over_blocks(add, empty, len(embedding), count)
@@ -122,14 +125,25 @@ def prototype_loss(
     return _loss(student, student_directions, blocks, student_temperature)
 
 
-def _assignments(student, student_directions, blocks, temperature, i, size):
-    """Weights, logs of the student's and the teacher's assignments for block i: (block, Q) each."""
+def _scores(student, student_directions, blocks, temperature, i, size):
+    """Weights (block,) and what the student's and the teacher's softmax are of, (block, Q) each."""
     teacher, teacher_directions, log_scale, weight, _, teacher_temperature = blocks
     use, fresh = _block(weight, i, size)
     use = jnp.where(fresh, use, 0.0)
-    p = jax.nn.log_softmax(_block(student, i, size)[0] @ student_directions.T / temperature)
-    scores = _block(teacher, i, size)[0] @ teacher_directions.T / teacher_temperature
-    return use, p, jax.nn.log_softmax(scores + log_scale[None])
+    guess = _block(student, i, size)[0] @ student_directions.T / temperature
+    target = _block(teacher, i, size)[0] @ teacher_directions.T / teacher_temperature
+    return use, guess, target + log_scale[None]
+
+
+def _softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax of each row as weights (block, Q) times a share (block,); and its log-sum-exp.
+
+    One exponential a score; the division and what else is of a row go where they cost a row.
+    """
+    top = scores.max(1)
+    weights = jnp.exp(scores - top[:, None])
+    total = weights.sum(1)
+    return weights, 1.0 / total, top + jnp.log(total)
 
 
 def _forward(student, student_directions, blocks, temperature):
@@ -137,16 +151,20 @@ def _forward(student, student_directions, blocks, temperature):
 
     def add(size, i, carry):
         losses, sums = carry
-        use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
-        target, guess = use[:, None] * jnp.exp(t), use[:, None] * jnp.exp(p)
+        use, guess, target = _scores(student, student_directions, blocks, temperature, i, size)
+        p, p_share, p_log = _softmax(guess)
+        t, t_share, t_log = _softmax(target)
+        # A softmax sums to 1, so its cross-entropy with another is the other's log-sum-exp less
+        # the mean of the other's scores.
+        loss = use * (p_log - t_share * (t * guess).sum(1))
         # Rows that an earlier block has seen keep what it wrote.
         start = jnp.minimum(i * size, len(student) - size)
-        loss = -(target * p).sum(1) + jax.lax.dynamic_slice_in_dim(losses, start, size) * (use == 0)
+        loss += jax.lax.dynamic_slice_in_dim(losses, start, size) * (use == 0)
         sums = Sums(
-            sums.teacher_entropy - (target * t).sum(),
-            sums.student_entropy - (guess * p).sum(),
-            sums.teacher_use + target.sum(0),
-            sums.student_use + guess.sum(0),
+            sums.teacher_entropy + (use * (t_log - t_share * (t * target).sum(1))).sum(),
+            sums.student_entropy + (use * (p_log - p_share * (p * guess).sum(1))).sum(),
+            sums.teacher_use + (use * t_share) @ t,
+            sums.student_use + (use * p_share) @ p,
         )
         return jax.lax.dynamic_update_slice_in_dim(losses, loss, start, axis=0), sums
 
@@ -171,9 +189,11 @@ def _loss_bwd(saved, grads):
 
     def add(size, i, carry):
         grad, grad_directions = carry
-        use, p, t = _assignments(student, student_directions, blocks, temperature, i, size)
-        rate = (use * _block(slope, i, size)[0] / temperature)[:, None]
-        score_slope = rate * (jnp.exp(p) - jnp.exp(t))
+        use, guess, target = _scores(student, student_directions, blocks, temperature, i, size)
+        p, p_share, _ = _softmax(guess)
+        t, t_share, _ = _softmax(target)
+        rate = use * _block(slope, i, size)[0] / temperature
+        score_slope = (rate * p_share)[:, None] * p - (rate * t_share)[:, None] * t
         start = jnp.minimum(i * size, len(student) - size)
         # Rows of weight 0 add nothing, so the overlap of the last block is added to, not written
         # over.

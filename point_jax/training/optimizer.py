@@ -64,21 +64,26 @@ def add_leaves(scalars: Tree) -> jax.Array:
 
 
 def clip_by_global_norm(
-    grads: Tree, limit: float, total: Callable[[Tree], jax.Array] = add_leaves
+    grads: Tree,
+    limit: float,
+    total: Callable[[Tree], jax.Array] = add_leaves,
+    count: ArrayLike = 1.0,
 ) -> tuple[Tree, jax.Array]:
     """PyTorch's `clip_grad_norm_`: all gradients times min(1, limit / (norm + 1e-6)).
 
     Args:
-        grads: gradients, or what this device has of them.
+        grads: gradients, or what this device has of them; sums of `count` of them, of whose mean
+            this is the clipping. So the mean takes no pass of its own over memory.
         limit: of the norm.
         total: adds up what is computed of each leaf, over the devices too if they have slices.
+        count: see `grads`.
 
     Returns:
-        The scaled gradients and the norm before scaling; the norm is not finite exactly when some
+        The scaled mean and the norm before scaling; the norm is not finite exactly when some
         gradient is not (or the sum of squares overflows).
     """
-    norm = jnp.sqrt(total(jax.tree.map(lambda grad: (grad * grad).sum(), grads)))
-    factor = jnp.minimum(1.0, limit / (norm + 1e-6))
+    norm = jnp.sqrt(total(jax.tree.map(lambda grad: (grad * grad).sum(), grads))) / count
+    factor = jnp.minimum(1.0, limit / (norm + 1e-6)) / count
     return jax.tree.map(lambda grad: grad * factor, grads), norm
 
 

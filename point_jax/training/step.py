@@ -49,7 +49,7 @@ def make_train_step(
     axes = tuple(mesh.axis_names)
 
     def gradients(student, teacher, batch, key, schedule, cut):
-        """Gradient of the mean loss over the global batch, its rows, and sums for the metrics."""
+        """Sums over the rows of the global batch: of the gradient, of ones, for the metrics."""
         count = batch["count"].shape[0] // objective.scenes_per_row
         batch = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
         slot = jax.lax.axis_index(axes) * count + jnp.arange(count)
@@ -77,7 +77,7 @@ def make_train_step(
 
         sums = count, {**stats, **targets.stats, **loss_stats}
         grads, (count, stats) = sharding.reduce(grads, cut["student"], sums, axes)
-        return jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads), count, stats
+        return grads, count, stats
 
     @jax.named_scope("optimizer")
     def update(state, grads, count, stats, schedule, cut):
@@ -87,7 +87,7 @@ def make_train_step(
             return sharding.total(scalars, cut["student"])
 
         metrics = objective.metrics(stats)
-        clipped, norm = clip_by_global_norm(grads, optim.clip, total)
+        clipped, norm = clip_by_global_norm(grads, optim.clip, total, jnp.maximum(count, 1.0))
         good = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]) & (count > 0)
         bad = state["bad_steps"]
         student, mu, nu, length = adamw(
