@@ -24,6 +24,7 @@ from flax import nnx
 from point_jax import limits
 from point_jax.models.image_encoder import IMAGENET, Pixels
 from point_jax.models.layers import Mlp, gelu, layer_norm, layer_scale, linear, stack
+from point_jax.ops.attention import patch_attention
 
 EPSILON = 1e-6  # of the norms
 
@@ -151,9 +152,13 @@ class ViTBlock(nnx.Module):
             return x + _branch(self.mlp(self.norm2(x)), self.scale2)
 
     def _attention(self, x: jax.Array) -> jax.Array:
-        qkv = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.heads)
-        mixed = jax.nn.dot_product_attention(*qkv)  # scores and softmax in float32
-        return self.proj(rearrange(mixed, "b t h d -> b t (h d)"))
+        batch, tokens = x.shape[:2]
+        qkv = rearrange(self.qkv(x), "b t (three h d) -> (b t) three h d", three=3, h=self.heads)
+        image = jnp.zeros(batch * tokens, jnp.int32)
+        # An image is a patch. The scores of 24 layers of large, (1374, 1374) a head, would else be
+        # most of what a step of Concerto moves on accelerators.
+        mixed = patch_attention(1, tokens, qkv, image, None, jnp.int32(batch))
+        return self.proj(rearrange(mixed, "(b t) h d -> b t (h d)", b=batch))
 
 
 def _branch(y: jax.Array, scale: nnx.Param | None) -> jax.Array:
