@@ -17,8 +17,12 @@ from point_jax.geometry.pairs import Pairs
 from point_jax.ops import conv_pairs
 from point_jax.ops.gather import take_rows
 
-# Of gathered features: large enough for the matrix unit, small enough for a cache.
-_BLOCK_BYTES = 4 << 20
+# Of gathered features. On CPUs: small enough for a cache.
+_CPU_BLOCK_BYTES = 4 << 20
+# The compilers for v5e and v6e keep this much on the chip, as gathered and as rows of the product,
+# at every level of the base network; twice as much goes through the memory. Smaller blocks only
+# mean more of them.
+_TPU_BLOCK_BYTES = 16 << 20
 # A loop on a GPU asks the host before each block whether there is one more: few blocks, each as
 # large as the second-level cache.
 _CUDA_BLOCK_BYTES = 64 << 20
@@ -61,9 +65,11 @@ def _forward(x, weight, neighbours, count, pairs):
 
 def _by_platform(side_by_side, by_pairs):
     """What `side_by_side(bytes of a block)` or, on CPUs, `by_pairs()` returns."""
-    few = partial(side_by_side, _CUDA_BLOCK_BYTES)
-    many = partial(side_by_side, _BLOCK_BYTES)
-    return jax.lax.platform_dependent(cpu=by_pairs or many, cuda=few, default=many)
+    return jax.lax.platform_dependent(
+        cpu=by_pairs or partial(side_by_side, _CPU_BLOCK_BYTES),
+        cuda=partial(side_by_side, _CUDA_BLOCK_BYTES),
+        default=partial(side_by_side, _TPU_BLOCK_BYTES),
+    )
 
 
 def _fwd(x, weight, neighbours, voxel, count, pairs):
