@@ -263,11 +263,12 @@ def pack(
     output.mkdir(parents=True, exist_ok=True)
     try:
         with held(output / LOCK):
-            found = _pack(datasets, output, shard_size, plan, progress)
-            (output / LOCK).unlink()
+            try:
+                return _pack(datasets, output, shard_size, plan, progress)
+            finally:
+                (output / LOCK).unlink(missing_ok=True)
     except HeldError as error:
         raise SceneError(f"another packing (process {error}) is writing to {output}") from error
-    return found
 
 
 def _pack(

@@ -13,7 +13,7 @@ class HeldError(Exception):
 
 @contextlib.contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Holds a lock; on file systems without locks, none.
+    """Holds a lock, once a process; on file systems without locks, none.
 
     Args:
         file: made if it is not there; it stays.

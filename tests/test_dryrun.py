@@ -184,6 +184,7 @@ def test_groups_of_devices_are_read_in_all_three_forms():
     assert groups("replica_groups=mesh['data'=2,'fsdp'=2] {'fsdp'}, x") == [(0, 1), (2, 3)]
     assert groups("replica_groups=mesh['data'=2,'fsdp'=2] {'data'}, x") == [(0, 2), (1, 3)]
     assert groups("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x") == [(0, 1, 2, 3)]
+    assert groups("replica_groups=mesh['c'=2,'a-b'=2] {'c'}, x") == [(0, 2), (1, 3)]
     with pytest.raises(ValueError, match="not understood: replica_groups=mesh"):
         groups("replica_groups=mesh['a'=4] {'a':(1)2}, x")
 

@@ -177,6 +177,21 @@ def test_orders_may_take_any_depths_that_hold_the_voxels():
     expect_sorted(hierarchy, lambda index, level: given[index])
 
 
+def test_orders_hold_up_to_the_largest_coordinate_and_depth():
+    """65,535 needs 17 bits by the originals' rule; a curve may turn from 16 bits on."""
+    rng = np.random.default_rng(0)
+    grid = np.concatenate([rng.integers(0, 1 << 16, (60, 3)), [[65535, 3, 9]]]).astype(np.int32)
+    cloud = np.repeat([0, 2], [40, 21]).astype(np.int32)
+    order, count, _ = sort_row(grid, cloud, np.ones(61, bool), ALONG.capacities[0])
+    at = np.minimum(order, 60)
+    row = jnp.asarray(grid)[at], jnp.asarray(cloud)[at], count
+    expect_sorted(build_hierarchy_jit(*row, spec=ALONG, depths=None), default_depths)
+    given = jnp.array(
+        [[16, 9, 16, 8, 16], [14, 9, 16, 8, 17], [14, 9, 15, 8, 16], [14, 9, 15, 8, 3]]
+    )
+    expect_sorted(random_row(7, True, ALONG, given), lambda index, level: given[index])
+
+
 def default_depths(index, level):
     """Bits an axis of every cloud by the rule of grid pooling."""
     del index

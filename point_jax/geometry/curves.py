@@ -14,6 +14,9 @@ import jax.numpy as jnp
 Curve = Literal["z", "z-trans", "hilbert", "hilbert-trans"]
 CURVES: tuple[Curve, ...] = get_args(Curve)
 MAX_DEPTH = 16
+# A coordinate of 65,535 has depth 17, and `orders` asks for one more than a cloud has: the code's
+# 48 bits hold the coordinates all the same, above them are zeros, which turn the curve.
+_FOLDED_BITS = MAX_DEPTH + 2
 
 Code = tuple[jax.Array, jax.Array]
 
@@ -39,7 +42,7 @@ def encode(grid: jax.Array, curve: Curve, depth: jax.Array | int = MAX_DEPTH) ->
     Args:
       grid: (..., 3) int32 voxel coordinates in [0, 2^depth).
       curve: which curve; the "-trans" ones exchange x and y.
-      depth: bits an axis, broadcastable to (...). Only the Hilbert codes depend on it.
+      depth: bits an axis, up to 18, broadcastable to (...). Only the Hilbert codes depend on it.
 
     Returns:
       (high, low), uint32 of shape (...). Equal to the originals' codes bit for bit.
@@ -104,7 +107,7 @@ def _hilbert_axes(grid: jax.Array, depth: jax.Array | int) -> tuple[jax.Array, .
     depth = jnp.broadcast_to(jnp.asarray(depth, jnp.int32), grid.shape[:-1])
 
     def fold(i, axes):
-        bit = MAX_DEPTH - 1 - i
+        bit = _FOLDED_BITS - 1 - i
         below = jnp.where(bit < depth, (jnp.uint32(1) << bit.astype(jnp.uint32)) - 1, 0)
         axes = list(axes)
         for axis in range(3):
@@ -117,7 +120,7 @@ def _hilbert_axes(grid: jax.Array, depth: jax.Array | int) -> tuple[jax.Array, .
 
     # A loop, because sixteen copies of its body took XLA longer to compile than to run.
     axes = tuple(grid[..., axis].astype(jnp.uint32) for axis in range(3))
-    return jax.lax.fori_loop(0, MAX_DEPTH, fold, axes)
+    return jax.lax.fori_loop(0, _FOLDED_BITS, fold, axes)
 
 
 def along_curves(

@@ -64,7 +64,8 @@ class Level:
       cloud: (N,) int32, ascending; G in padding.
       count: () int32, slots in use.
       starts: (G + 1,) int32, where each cloud starts; the last entry is `count`.
-      orders: (O, N) int32, points along each curve; padding keeps its place.
+      orders: (O, N) int32, points along each curve; padding keeps its place, and so does what
+        overflows, see `build_orders`.
       parent: (N,) int32, row of the next level; M for none (padding, overflow, coarsest level).
       first_child: (N + 1,) int32, where each cluster starts on the level before; zeros at level 0.
       neighbours: (T, N) int32, representative of the voxel at each tap, the row itself at the

@@ -29,7 +29,8 @@ _FREE = frozenset(
         *("partition-id", "replica-id", "opt-barrier", "add-dependency", "while", "conditional"),
         *("async-done", "async-update", "copy-done", "slice-done", "dynamic-slice-done"),
         *("dynamic-update-slice-done", "send-done", "recv-done", "all-reduce-done"),
-        *("all-gather-done", "collective-permute-done", "fusion-done"),
+        *("all-gather-done", "collective-permute-done"),
+        *("fusion-done", "fusion-update"),
     }
 )
 # JAX 0.12's programs for GPUs start some fusions beside others and wait for them later.
@@ -387,10 +388,11 @@ def replica_groups(attributes: str) -> list[tuple[int, ...]]:
       ValueError: some other way.
     """
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
-        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        axes = [axis.rsplit("=", 1) for axis in found[1].split(",")]
+        axes = [(name.strip("'"), size) for name, size in axes]
         names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
-        along = re.findall(r"'(\w+)'", found[2])
-        if found[2] == ",".join(f"'{name}'" for name in along) and set(along) <= set(names):
+        along = [name.strip("'") for name in found[2].split(",") if name]
+        if set(along) <= set(names):
             across = [d for d, name in enumerate(names) if name not in along]
             order = [*across, *(names.index(name) for name in along)]
             columns = math.prod(sizes[names.index(name)] for name in along)

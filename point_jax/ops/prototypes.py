@@ -3,7 +3,8 @@
 A score is the product of a point's embedding and a prototype's direction. At 4,096 prototypes the
 scores are the largest array of the objective, so blocks of points make theirs when they need them:
 Sinkhorn-Knopp only keeps one scale per prototype, cross-entropy a running log-sum-exp, and the
-gradients are made block by block as well. All in log space and float32.
+gradients are made block by block as well. All in float32, scales and sums that pass from block to
+block in log space.
 """
 
 from functools import partial
@@ -57,7 +58,9 @@ def log_sum_over_points(
       embedding: (A, E) float32.
       directions: (Q, E) float32.
       log_scale: (Q,) scales of the prototypes, by which each point's assignment is normalised
-        first; None for the raw exponentials of the first half-step.
+        first, as a half-step over the points of all rows has left them; None for the raw
+        exponentials of the first half-step. A prototype with less than 1e-38 of every point here
+        receives nothing.
       weight: (A,) float32, 1 for points that take part, else 0.
       count: () int32, points from here on take no part (their blocks are skipped).
       temperature: () float32.
@@ -73,10 +76,11 @@ def log_sum_over_points(
         if log_scale is None:
             scores = jnp.where(use[:, None] > 0, scores, -jnp.inf)
             return jnp.logaddexp(total, jax.nn.logsumexp(scores, axis=0))
-        # Of scales that a half-step over the same points has left, every prototype has a point
-        # with at least 1 / (A Q) of what that point's best one has: sums of float32 hold it.
-        weights, share, _ = _softmax(scores + log_scale[None])
-        return jnp.logaddexp(total, jnp.log((use * share) @ weights) - log_scale)
+        # A half-step leaves scales by which each prototype receives 1 in all, so that among all
+        # points one gives it a share that float32 holds; what is below adds nothing to that.
+        weights, share, _ = _softmax(jnp.where(use[:, None] > 0, scores + log_scale[None], 0.0))
+        received = jnp.dot(use * share, weights, precision=jax.lax.Precision.HIGHEST)
+        return jnp.logaddexp(total, jnp.log(received) - log_scale)
 
     empty = jnp.full(len(directions), -jnp.inf)
     return _over_blocks(add, empty, len(embedding), count)

@@ -31,8 +31,9 @@ def only_run_in(workdir: Path) -> Iterator[None]:
     except HeldError as error:
         raise TrainingStopped(f"another run (process {error}) is writing to {workdir}") from error
     except OSError as error:
+        file = error.filename or workdir
         raise ConfigError(
-            f"--workdir={workdir} cannot be used ({error.filename}: {error.strerror}); expected a "
+            f"--workdir={workdir} cannot be used ({file}: {error.strerror}); expected a "
             "folder that can be written"
         ) from error
     with lock:
