@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from point_jax.measure.cost import Collective, Costs, Kernel
 from point_jax.measure.dryrun import too_much
 from point_jax.measure.roofline import collective_seconds, estimate
 from point_jax.measure.traced import kept_bytes, product_flops
+from point_jax.ops.attention import patch_attention
 from tests.small import get_config
 from tests.test_benchmark import ONE_LEVEL
 
@@ -240,6 +242,14 @@ def test_what_is_compiled_here_counts_as_its_trace_does():
     assert product_flops(f, *arguments) == (5 + 1) * once  # a trace knows no plan
     xla = compiled.cost_analysis()
     assert xla is not None and xla["flops"] < 3 * once
+
+
+def test_attention_of_an_image_counts_as_its_two_products():
+    qkv = jax.ShapeDtypeStruct((2 * 50, 3, 4, 8), jnp.float32)
+    image = jnp.zeros(100, jnp.int32)
+    attend = partial(patch_attention, 1, 50)
+    found = product_flops(lambda qkv: attend(qkv, image, None, jnp.int32(2)), qkv)
+    assert found == 2 * 2.0 * 2 * 50 * 50 * 4 * 8  # images, tokens, tokens, heads, channels
 
 
 def test_what_a_backward_pass_keeps_is_counted_without_its_arguments():

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from point_jax.ops.attention import forward_operations
+
 
 def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
-    """Operations of a function's matrix products and convolutions, a multiply-add two.
+    """Operations of a forward pass's products, convolutions and attention, a multiply-add two.
 
     Loops count as often as they run where that is fixed (`lax.scan`), else once; of a condition's
     branches the first.
@@ -31,6 +33,9 @@ def _flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             depth = math.prod(left[d] for d in contracted)
             total += 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
+            continue
+        if equation.primitive.name == "patch_attention":
+            total += forward_operations(equation.params["width"], equation.invars[0].aval)
             continue
         if equation.primitive.name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape

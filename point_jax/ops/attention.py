@@ -105,13 +105,18 @@ def _kernels(platform: str):
 
 
 def _forward_kernel(platform, qkv, segment, used, narrow=None, *, clouds, width):
-    with products(2 * _product(width, qkv)):  # scores, mixing
+    with products(forward_operations(width, qkv)):
         return _kernels(platform).forward(width, qkv, segment, narrow, used)
 
 
 def _backward_kernel(platform, qkv, segment, used, out, lse, g, narrow=None, *, clouds, width):
     with products(5 * _product(width, qkv)):  # scores, their slopes, and three gradients
         return [_kernels(platform).backward(width, qkv, segment, narrow, used, out, lse, g)]
+
+
+def forward_operations(width: int, qkv: jax.Array | ShapedArray) -> int:
+    """Multiplications and additions of the products that attention of full patches takes."""
+    return 2 * _product(width, qkv)  # scores, mixing
 
 
 def _product(width, qkv):
