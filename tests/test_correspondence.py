@@ -13,6 +13,7 @@ from point_jax.ops.correspondence import (
     pool_places,
     shifted_cosine,
     sightings,
+    sum_by_blocks,
     sum_by_doubling,
 )
 from point_jax.ops.pool import cluster_sum
@@ -76,6 +77,31 @@ def test_clusters_of_any_size_are_summed_by_doubling():
     np.testing.assert_allclose(found, cluster_sum(jnp.asarray(x), jnp.asarray(first)), atol=1e-5)
     whole = sum_by_doubling(jnp.asarray(x[:110]), jnp.array([0, 110]))
     np.testing.assert_allclose(whole[0], x[:110].astype(np.float64).sum(0), atol=1e-5)
+
+
+BOUNDS = {
+    "empty ones at both ends, one over four blocks": [0, 0, 1, 256, 256, 300, 1100, 1180, 1180],
+    "starts and ends of blocks": [0, 255, 256, 257, 512, 768, 1024, 1024, 1200],
+    "rows before the first": [100, 200, 600, 600, 601, 900, 901, 902, 1000],
+    "all rows in one": [0, 0, 0, 0, 0, 0, 0, 1280, 1280],
+    "nothing": [0] * 9,
+    "nothing, at the end": [1280] * 9,
+}
+
+
+@pytest.mark.parametrize("rows", [1280, 1201])
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+def test_clusters_of_any_size_are_summed_by_blocks(bounds, rows):
+    first = np.minimum(bounds, rows)
+    x = np.random.default_rng(4).normal(size=(rows, 4)).astype(np.float32)
+    x[first[-1] :] = np.nan
+    found = sum_blocks(jnp.asarray(x), jnp.asarray(first))
+    ends = itertools.pairwise(first)
+    want = np.stack([x[start:end].astype(np.float64).sum(0) for start, end in ends])
+    np.testing.assert_allclose(found, want, atol=2e-5)
+
+
+sum_blocks = jax.jit(sum_by_blocks)
 
 
 def test_points_that_no_image_sees_reach_nothing():

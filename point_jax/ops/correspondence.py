@@ -9,8 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.running import running_sum
 from point_jax.ops.gather import take_rows
 from point_jax.ops.pool import cluster_sum
+
+BLOCK = 256  # rows that are added up in one product
 
 
 def pool_places(places: jax.Array, first_child: jax.Array) -> jax.Array:
@@ -83,8 +86,8 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
     """Sum of the features of the points that each patch sees.
 
     Without a scatter either way: GPUs would add up in an order that changes from run to run.
-    Accelerators add in pairs, pairs of pairs and so on: a patch may see a hundred points, which are
-    as many turns of a loop for CPUs.
+    CPUs take a turn of a loop for every point of the largest patch, a hundred or more; accelerators
+    add up blocks of points.
 
     Args:
       x: (N, C) float32.
@@ -97,10 +100,36 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         order, first = image
         return jax.lax.platform_dependent(
-            take_rows(x, order), first, cpu=cluster_sum, default=sum_by_doubling
+            take_rows(x, order), first, cpu=cluster_sum, default=sum_by_blocks
         )
 
     return jax.lax.map(of_image, (seen.order, seen.first))
+
+
+def sum_by_blocks(x: jax.Array, first: jax.Array) -> jax.Array:
+    """As `ops.pool.cluster_sum`, for clusters of any size, in few passes over the rows.
+
+    A block's rows are added up by cluster in a product with ones and zeros. A cluster has its sum
+    in the block that it starts in, and the first sums of the blocks that it reaches into, of which
+    there is one a block: those are added by doubling.
+    """
+    size, rows = BLOCK, jnp.arange(len(x), dtype=jnp.int32)
+    x = jnp.where((rows < first[-1])[:, None], x, 0)
+    x = jnp.pad(x, ((0, -len(x) % size), (0, 0)))
+    blocks, start = len(x) // size, first[:-1]
+    starts = jnp.zeros(len(x), jnp.int32).at[first].set(1, mode="drop")
+    rank = running_sum(starts).reshape(blocks, size)
+    local = rank - rank[:, :1]
+    mine = (local[..., None] == jnp.arange(size)[None, None]).astype(x.dtype)
+    rows_of = x.reshape(blocks, size, -1)
+    sums = jnp.einsum("brl,brc->blc", mine, rows_of, precision=jax.lax.Precision.HIGHEST)
+
+    start = jnp.minimum(start, len(x) - 1)  # of empty clusters at the end
+    begun = sums.reshape(len(x), -1)[start // size * size + local.reshape(-1)[start]]
+    goes_on = starts.reshape(blocks, size)[:, 0] == 0  # from the block before
+    heads = jnp.where(goes_on[:, None], sums[:, 0], 0)
+    more = sum_by_doubling(heads, jnp.minimum(first // size + 1, blocks))
+    return jnp.where((first[1:] > first[:-1])[:, None], begun + more, 0)
 
 
 def sum_by_doubling(x: jax.Array, first: jax.Array) -> jax.Array:
