@@ -137,7 +137,7 @@ def along_curves(
     found = {}
     kinds: tuple[Curve, ...] = ("z", "hilbert")
     for kind in kinds:
-        mine = [c for c in dict.fromkeys(curves) if c.removesuffix("-trans") == kind]
+        mine: list[Curve] = [c for c in dict.fromkeys(curves) if c.removesuffix("-trans") == kind]
         if mine:
             values = function(jnp.stack([_exchanged(grid, c) for c in mine]), kind, depth)
             found |= {c: jax.tree.map(lambda x, i=i: x[i], values) for i, c in enumerate(mine)}

@@ -47,7 +47,7 @@ def build_orders(
       For every level (orders, positions), each (O, N) int32: the row at each position, and the
       position of each row. Padding keeps its place.
     """
-    rest = [curve for curve in dict.fromkeys(curves) if curve != "z"]
+    rest: list[Curve] = [curve for curve in dict.fromkeys(curves) if curve != "z"]
     positions = _positions(levels, depths, rest) if rest else [None] * len(levels)
     orders = []
     for level, found in zip(levels, positions, strict=True):

@@ -157,7 +157,7 @@ class ViTBlock(nnx.Module):
         image = jnp.zeros(batch * tokens, jnp.int32)
         # An image is a patch. The scores of 24 layers of large, (1374, 1374) a head, would else be
         # most of what a step of Concerto moves on accelerators.
-        mixed = patch_attention(1, tokens, qkv, image, None, jnp.int32(batch))
+        mixed: jax.Array = patch_attention(1, tokens, qkv, image, None, jnp.int32(batch))
         return self.proj(rearrange(mixed, "(b t) h d -> b t (h d)", b=batch))
 
 
