@@ -16,6 +16,7 @@ from point_jax.geometry.orders import build_orders
 from point_jax.geometry.pairs import Pairs, find_pairs
 from point_jax.geometry.patches import PatchLayout, build_patches
 from point_jax.geometry.running import running_sum
+from point_jax.geometry.select import compact
 from point_jax.geometry.sorting import sort_words
 
 MAX_CLOUDS = 255  # the cloud shares a 32-bit sort key with 24 bits of the code (`sort_key`)
@@ -231,9 +232,8 @@ def _representatives(grid: jax.Array, cloud: jax.Array, count: jax.Array) -> jax
     size = len(cloud)
     rows = jnp.arange(size, dtype=jnp.int32)
     first = _first_of_voxel(grid, cloud, count)
-    voxel = running_sum(first) - 1
-    begin = jnp.zeros(size, jnp.int32).at[jnp.where(first, voxel, size)].set(rows, mode="drop")
-    return jnp.where(rows < count, begin[voxel], size)
+    begin, _ = compact(first, size)
+    return jnp.where(rows < count, begin[running_sum(first) - 1], size)
 
 
 def _coarsen(grid: jax.Array, cloud: jax.Array, count: jax.Array, capacity: int, clouds: int):

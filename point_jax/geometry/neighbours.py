@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from point_jax.geometry.curves import Code, z_code
+from point_jax.geometry.curves import Code, place_in_parent, z_code
 
 
 def offsets(radius: int) -> np.ndarray:
@@ -21,11 +21,6 @@ def offsets(radius: int) -> np.ndarray:
 TAPS = len(offsets(1))
 
 _LAST = np.uint32(0xFFFFFFFF)  # sorts after every key
-
-
-def octant(grid: jax.Array) -> jax.Array:
-    """Which of its parent's eight children a voxel is: (..., 3) int32 -> (...) int32 in [0, 8)."""
-    return (grid & 1) @ jnp.array([4, 2, 1], jnp.int32)
 
 
 def search_neighbours(
@@ -88,7 +83,9 @@ def refine_neighbours(
     """
     capacity, parents = grid.shape[0], coarse.shape[1]
     child = jnp.full((parents + 1) * 8, capacity, jnp.int32)
-    slot = jnp.where(first & (parent < parents), parent * 8 + octant(grid), child.size)
+    slot = jnp.where(
+        first & (parent < parents), parent * 8 + place_in_parent(grid, "z"), child.size
+    )
     child = child.at[slot].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
     coarse = jnp.pad(coarse, ((0, 0), (0, 1)), constant_values=parents).reshape(-1)
     # (T, N) along each axis: voxels from the parent's corner.

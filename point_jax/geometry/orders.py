@@ -86,7 +86,7 @@ def _positions(
         # A lone voxel has no order to turn.
         turns = [
             jnp.where(jnp.diff(level["starts"]) > 1, (depths[at] - depths[0] + at) % FAMILIES, 0)
-            for at, level in enumerate(levels)
+            for at, level in enumerate(levels[1:], start=1)
         ]
         families = [
             jnp.zeros((FAMILIES, len(curves), len(level["cloud"])), jnp.int32)
@@ -98,11 +98,11 @@ def _positions(
             return [whole.at[which].set(part) for whole, part in found]
 
         with planned(2):  # a third only for depths that are given
-            needed = jnp.stack(turns[1:]).max() + 1
+            needed = jnp.stack(turns).max() + 1
             families = jax.lax.fori_loop(0, needed, add, families)
         straight = families[0][0]
         coarser = []
-        for level, turn, found in zip(levels[1:], turns[1:], families, strict=True):
+        for level, turn, found in zip(levels[1:], turns, families, strict=True):
             turn = jnp.append(turn, 0)[level["cloud"]]
             turned = jnp.where(turn == 1, found[1], found[2])
             coarser.append(jnp.where(turn == 0, found[0], turned))

@@ -19,9 +19,9 @@ from point_jax.ops.gather import take_rows
 
 # Of gathered features. On CPUs: small enough for a cache.
 _CPU_BLOCK_BYTES = 4 << 20
-# The compilers for v5e and v6e keep this much on the chip, as gathered and as rows of the product,
-# at every level of the base network; twice as much goes through the memory. Smaller blocks only
-# mean more of them.
+# The compilers for v5e and v6e keep this much on the chip, as gathered and as rows of the product
+# (seen at levels 0 and 3 of the base network); at level 0 twice as much goes through the memory.
+# Smaller blocks only mean more of them.
 _TPU_BLOCK_BYTES = 16 << 20
 # A loop on a GPU asks the host before each block whether there is one more: few blocks, each as
 # large as the second-level cache.

@@ -116,7 +116,7 @@ def sum_by_blocks(x: jax.Array, first: jax.Array) -> jax.Array:
     size, rows = BLOCK, jnp.arange(len(x), dtype=jnp.int32)
     x = jnp.where((rows < first[-1])[:, None], x, 0)
     x = jnp.pad(x, ((0, -len(x) % size), (0, 0)))
-    blocks, start = len(x) // size, first[:-1]
+    blocks = len(x) // size
     starts = jnp.zeros(len(x), jnp.int32).at[first].set(1, mode="drop")
     rank = running_sum(starts).reshape(blocks, size)
     local = rank - rank[:, :1]
@@ -124,7 +124,7 @@ def sum_by_blocks(x: jax.Array, first: jax.Array) -> jax.Array:
     rows_of = x.reshape(blocks, size, -1)
     sums = jnp.einsum("brl,brc->blc", mine, rows_of, precision=jax.lax.Precision.HIGHEST)
 
-    start = jnp.minimum(start, len(x) - 1)  # of empty clusters at the end
+    start = jnp.minimum(first[:-1], len(x) - 1)  # of empty clusters at the end
     begun = sums.reshape(len(x), -1)[start // size * size + local.reshape(-1)[start]]
     goes_on = starts.reshape(blocks, size)[:, 0] == 0  # from the block before
     heads = jnp.where(goes_on[:, None], sums[:, 0], 0)
