@@ -8,6 +8,7 @@ from flax import nnx
 
 from point_jax.geometry.hierarchy import Level
 from point_jax.geometry.neighbours import TAPS, offsets
+from point_jax.ops.bfloat16 import dot_general
 from point_jax.ops.conv import submanifold_conv
 from point_jax.ops.rowwise import by_rows
 
@@ -16,7 +17,9 @@ _zeros = nnx.initializers.zeros  # kernels get their random values in `functiona
 
 def linear(inputs: int, outputs: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
     """Dense layer: float32 parameters, `dtype` arithmetic."""
-    return nnx.Linear(inputs, outputs, dtype=dtype, kernel_init=_zeros, rngs=rngs)
+    return nnx.Linear(
+        inputs, outputs, dtype=dtype, kernel_init=_zeros, dot_general=dot_general, rngs=rngs
+    )
 
 
 def layer_norm(channels: int, rngs: nnx.Rngs, epsilon: float = 1e-5) -> nnx.LayerNorm:

@@ -15,6 +15,7 @@ import numpy as np
 
 from point_jax.geometry.loops import planned
 from point_jax.geometry.patches import NARROW
+from point_jax.ops.bfloat16 import as_bits, of_bits
 
 _NEVER = -1e30  # finite, so that no product with it is NaN
 
@@ -73,7 +74,7 @@ def _write(array, values, patch, *index):
     """Puts (K, ...) where `_read` reads them."""
     start = (patch * len(values), *index) + (0,) * (array.ndim - 1 - len(index))
     shape = (len(values),) + (1,) * len(index) + array.shape[1 + len(index) :]
-    return jax.lax.dynamic_update_slice(array, values.reshape(shape).astype(array.dtype), start)
+    return jax.lax.dynamic_update_slice(array, values.reshape(shape), start)
 
 
 def _operands(qkv, marks, p, h, width):
@@ -117,7 +118,7 @@ def forward(
     """Output (S, H, D) and log-sum-exp (H, S) of `attention.patch_attention`."""
     slots, _, heads, channels = qkv.shape
     dtype, marks = qkv.dtype, _marks(segment, clouds)
-    # Products of bfloat16 are slower on CPUs; accelerators round operands by themselves.
+    # The time is in exponentials, and narrow products are slower in bfloat16.
     qkv = qkv.astype(jnp.float32)
 
     def run(width):
@@ -129,15 +130,16 @@ def forward(
             top = scores.max(-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = weights.sum(-1, keepdims=True)
-            out = _write(out, jnp.dot(weights, v) / total, p, h)
+            mixed = (jnp.dot(weights, v) / total).astype(dtype)
+            out = _write(out, as_bits(mixed), p, h)
             return out, _write(lse, (top + jnp.log(total))[:, 0], p, h)
 
-        init = jnp.zeros((slots, heads, channels), dtype), jnp.zeros((slots, heads))
+        init = as_bits(jnp.zeros((slots, heads, channels), dtype)), jnp.zeros((slots, heads))
         with planned(slots // width * heads):
             return jax.lax.fori_loop(0, used * heads, one, init)
 
     out, lse = _either(run, width, narrow)
-    return out, lse.T
+    return of_bits(out), lse.T
 
 
 def backward(
@@ -177,11 +179,13 @@ def backward(
             by_key = weights * (_product(v, slope) - fall[None])
             dq, dk = scale * jnp.dot(by_query, k), scale * jnp.dot(by_key, q)
             for part, grad in enumerate((dq, dk, jnp.dot(weights, slope))):
-                dqkv = _write(dqkv, grad, p, part, h)
+                dqkv = _write(dqkv, as_bits(grad.astype(dtype)), p, part, h)
             return dqkv, dtable
 
-        init = jnp.zeros(qkv.shape, dtype), None if table is None else jnp.zeros_like(table)
+        dqkv = as_bits(jnp.zeros(qkv.shape, dtype))
+        init = dqkv, None if table is None else jnp.zeros_like(table)
         with planned(len(qkv) // width * heads):
             return jax.lax.fori_loop(0, used * heads, one, init)
 
-    return _either(run, width, narrow)
+    dqkv, dtable = _either(run, width, narrow)
+    return of_bits(dqkv), dtable

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.loops import over_blocks
+from point_jax.ops.bfloat16 import as_bits, of_bits
 
 Params = Any  # a pytree of arrays
 
@@ -65,12 +66,12 @@ def _forward(apply, params, x, count):
         def block(i, out):
             # The last block overlaps the one before it and writes the same values again.
             start = jnp.minimum(i * size, len(x) - size)
-            values = apply(params, _slice(x, start, size))
+            values = as_bits(apply(params, _slice(x, start, size)))
             return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
 
         whole = jax.eval_shape(apply, params, x)
-        out = jnp.zeros(whole.shape, whole.dtype)
-        return over_blocks(block, out, len(x), size, count)
+        out = as_bits(jnp.zeros(whole.shape, whole.dtype))
+        return of_bits(over_blocks(block, out, len(x), size, count))
 
     return jax.lax.platform_dependent(cpu=in_blocks, default=lambda: apply(params, x))
 
@@ -93,12 +94,13 @@ def _bwd(apply, saved, g):
             slope = jnp.where(new, _slice(g, start, size), 0)
             _, backward = jax.vjp(apply, params, jnp.where(new, _slice(x, start, size), 0))
             of_params, of_rows = backward(slope)
-            of_rows = jnp.where(new, of_rows, _slice(grad, start, size))
+            of_rows = jnp.where(new, as_bits(of_rows), _slice(grad, start, size))
             grad = jax.lax.dynamic_update_slice_in_dim(grad, of_rows, start, axis=0)
             return jax.tree.map(jnp.add, total, of_params), grad
 
-        init = jax.tree.map(jnp.zeros_like, (params, x))
-        return over_blocks(block, init, len(x), size, count)
+        init = jax.tree.map(jnp.zeros_like, params), as_bits(jnp.zeros_like(x))
+        of_params, of_rows = over_blocks(block, init, len(x), size, count)
+        return of_params, of_bits(of_rows)
 
     def at_once():
         used = (jnp.arange(len(x)) < count)[:, None]
