@@ -14,9 +14,7 @@ from point_jax.ops.correspondence import (
     shifted_cosine,
     sightings,
     sum_by_blocks,
-    sum_by_doubling,
 )
-from point_jax.ops.pool import cluster_sum
 
 HEIGHT, WIDTH, IMAGES, POINTS = 3, 4, 2, 40
 
@@ -68,15 +66,16 @@ def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_grad
     np.testing.assert_allclose(grad, want, atol=1e-5)
 
 
-def test_clusters_of_any_size_are_summed_by_doubling():
-    """As accelerators do it: also empty ones, and whatever lies behind the last."""
-    first = np.array([0, 0, 1, 38, 38, 45, 110, 110])
-    x = np.random.default_rng(3).normal(size=(130, 4)).astype(np.float32)
-    x[110:] = np.nan
-    found = jax.jit(sum_by_doubling)(x, first)
-    np.testing.assert_allclose(found, cluster_sum(jnp.asarray(x), jnp.asarray(first)), atol=1e-5)
-    whole = sum_by_doubling(jnp.asarray(x[:110]), jnp.array([0, 110]))
-    np.testing.assert_allclose(whole[0], x[:110].astype(np.float64).sum(0), atol=1e-5)
+def test_bfloat16_features_are_summed_in_float32_and_get_one_rounded_gradient():
+    draw = np.random.default_rng(5)
+    x = jnp.asarray(draw.normal(size=(POINTS, 5)), jnp.bfloat16)
+    patch = patch_of(jnp.asarray(places_of(2)), HEIGHT, WIDTH)
+    seen = sightings(patch, HEIGHT * WIDTH)
+    means, backward = jax.vjp(lambda x: patch_means(x, seen)[0], x)
+    exact, exactly_back = jax.vjp(lambda x: patch_means(x, seen)[0], x.astype(jnp.float32))
+    np.testing.assert_array_equal(means, exact)
+    slope = jnp.asarray(draw.normal(size=means.shape), jnp.float32)
+    np.testing.assert_array_equal(backward(slope)[0], exactly_back(slope)[0].astype(jnp.bfloat16))
 
 
 BOUNDS = {
@@ -92,12 +91,20 @@ BOUNDS = {
 @pytest.mark.parametrize("rows", [1280, 1201])
 @pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
 def test_clusters_of_any_size_are_summed_by_blocks(bounds, rows):
-    first = np.minimum(bounds, rows)
-    x = np.random.default_rng(4).normal(size=(rows, 4)).astype(np.float32)
-    x[first[-1] :] = np.nan
-    found = sum_blocks(jnp.asarray(x), jnp.asarray(first))
-    ends = itertools.pairwise(first)
-    want = np.stack([x[start:end].astype(np.float64).sum(0) for start, end in ends])
+    first, draw = np.minimum(bounds, rows), np.random.default_rng(4)
+    x, order = draw.normal(size=(1300, 4)).astype(np.float32), draw.permutation(1300)[:rows]
+    x[np.setdiff1d(np.arange(1300), order[first[0] : first[-1]])] = np.nan
+    found = sum_blocks(jnp.asarray(x), jnp.asarray(order), jnp.asarray(first))
+    mine = [x[order[start:end]].astype(np.float64) for start, end in itertools.pairwise(first)]
+    np.testing.assert_allclose(found, [values.sum(0) for values in mine], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1, 700])
+def test_bfloat16_is_summed_by_blocks_in_float32(size):
+    first = np.array([0, size, 1280])
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1280, 4)), jnp.bfloat16)
+    found = sum_blocks(x, jnp.arange(1280), jnp.asarray(first))
+    want = np.stack([np.float64(x[:size]).sum(0), np.float64(x[size:]).sum(0)])
     np.testing.assert_allclose(found, want, atol=2e-5)
 
 

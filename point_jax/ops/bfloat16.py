@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-def dot_general(
-    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **how: Any
-) -> jax.Array:
+def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **how: Any) -> jax.Array:
     """`jax.lax.dot_general` of a dense layer, as `flax.nnx.Linear` calls it: (..., C), (C, F).
 
     Numbers are those of a plain product: sums in float32, rounded once to the operands' dtype.

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.running import running_sum
+from point_jax.ops.bfloat16 import as_bits, of_bits
 from point_jax.ops.gather import take_rows
 from point_jax.ops.pool import cluster_sum
 
-BLOCK = 256  # rows that are added up in one product
+BLOCK = 512  # points that are added up in one product
 
 
 def pool_places(places: jax.Array, first_child: jax.Array) -> jax.Array:
@@ -90,74 +91,77 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
     add up blocks of points.
 
     Args:
-      x: (N, C) float32.
+      x: (N, C); what is gathered of it for every image is in its dtype, the sums are float32.
       seen: of I images with P patches.
 
     Returns:
-      (I, P, C), zeros for patches that see nothing.
+      (I, P, C) float32, zeros for patches that see nothing.
     """
 
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
-        order, first = image
-        return jax.lax.platform_dependent(
-            take_rows(x, order), first, cpu=cluster_sum, default=sum_by_blocks
-        )
+        return jax.lax.platform_dependent(x, *image, cpu=_sum_by_turns, default=sum_by_blocks)
 
     return jax.lax.map(of_image, (seen.order, seen.first))
 
 
-def sum_by_blocks(x: jax.Array, first: jax.Array) -> jax.Array:
-    """As `ops.pool.cluster_sum`, for clusters of any size, in few passes over the rows.
+def _sum_by_turns(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
+    return cluster_sum(take_rows(x, order).astype(jnp.float32), first)
 
-    A block's rows are added up by cluster in a product with ones and zeros. A cluster has its sum
-    in the block that it starts in, and the first sums of the blocks that it reaches into, of which
-    there is one a block: those are added by doubling.
+
+def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
+    """Sums of x[order] over clusters of any size, block after block.
+
+    A block's rows are added up by cluster in a product with ones and zeros. It reaches no more
+    clusters than it has rows, so its sums are added to a window of those before.
+
+    Args:
+      x: (N, C).
+      order: (R,) int32, a permutation of rows of x.
+      first: (P + 1,) int32, where each cluster starts in the order.
+
+    Returns:
+      (P, C) float32, zeros for empty clusters.
     """
-    size, rows = BLOCK, jnp.arange(len(x), dtype=jnp.int32)
-    x = jnp.where((rows < first[-1])[:, None], x, 0)
-    x = jnp.pad(x, ((0, -len(x) % size), (0, 0)))
-    blocks = len(x) // size
-    starts = jnp.zeros(len(x), jnp.int32).at[first].set(1, mode="drop")
-    rank = running_sum(starts).reshape(blocks, size)
-    local = rank - rank[:, :1]
-    mine = (local[..., None] == jnp.arange(size)[None, None]).astype(x.dtype)
-    rows_of = x.reshape(blocks, size, -1)
-    sums = jnp.einsum("brl,brc->blc", mine, rows_of, precision=jax.lax.Precision.HIGHEST)
+    size, place = BLOCK, jnp.arange(len(order), dtype=jnp.int32)
+    inside = (place >= first[0]) & (place < first[-1])
+    # The number of each row's cluster among those that have rows, from 1; 0 before the first.
+    starts = jnp.zeros(len(order), jnp.int32).at[first].set(1, mode="drop")
+    rank = running_sum(starts)
+    filling = (0, -len(order) % size)
+    rows = jnp.pad(jnp.where(inside, order, len(x)), filling, constant_values=len(x))
+    rows, ranks = (a.reshape(-1, size) for a in (rows, jnp.pad(rank, filling, mode="edge")))
+    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
-    start = jnp.minimum(first[:-1], len(x) - 1)  # of empty clusters at the end
-    begun = sums.reshape(len(x), -1)[start // size * size + local.reshape(-1)[start]]
-    goes_on = starts.reshape(blocks, size)[:, 0] == 0  # from the block before
-    heads = jnp.where(goes_on[:, None], sums[:, 0], 0)
-    more = sum_by_doubling(heads, jnp.minimum(first // size + 1, blocks))
-    return jnp.where((first[1:] > first[:-1])[:, None], begun + more, 0)
+    def add(i: jax.Array, sums: jax.Array) -> jax.Array:
+        begin = ranks[i, 0]
+        mine = (jnp.arange(size)[:, None] == (ranks[i] - begin)[None]).astype(x.dtype)
+        more = jnp.dot(
+            mine, take_rows(x, rows[i]), precision=precision, preferred_element_type=jnp.float32
+        )
+        before = jax.lax.dynamic_slice_in_dim(sums, begin, size)
+        return jax.lax.dynamic_update_slice_in_dim(sums, before + more, begin, axis=0)
 
-
-def sum_by_doubling(x: jax.Array, first: jax.Array) -> jax.Array:
-    """As `ops.pool.cluster_sum`, for clusters of any size: log2 N passes over the rows."""
-    rows = jnp.arange(len(x), dtype=jnp.int32)
-    starts = jnp.zeros(len(x), bool).at[first].set(True, mode="drop")
-    begin = jax.lax.cummax(jnp.where(starts, rows, 0))
-    step = 1
-    while step < len(x):
-        # Of each row the sum of the `step` rows up to it, in its cluster; then of twice as many.
-        before = jnp.pad(x, ((step, 0), (0, 0)))[: len(x)]
-        x = x + jnp.where((rows - step >= begin)[:, None], before, 0)
-        step *= 2
-    some = first[1:] > first[:-1]
-    return jnp.where(some[:, None], x[jnp.maximum(first[1:] - 1, 0)], 0)
+    sums = jnp.zeros((len(first) + size, x.shape[1]))
+    sums = jax.lax.fori_loop(0, len(rows), add, sums)
+    of_cluster = rank[jnp.minimum(first[:-1], len(order) - 1)]
+    return jnp.where((first[1:] > first[:-1])[:, None], sums[of_cluster], 0)
 
 
 def _patch_sums_fwd(x, seen):
-    return patch_sums(x, seen), seen.patch
+    return patch_sums(x, seen), (seen.patch, x[:0])  # the empty array tells the dtype
 
 
-def _patch_sums_bwd(patch, g):
-    def add(total, image):
-        g, patch = image
-        return total + take_rows(g, patch), None
+def _patch_sums_bwd(saved, g):
+    (patch, like), (images, patches, channels) = saved, g.shape
+    filling = ((0, -len(patch) % BLOCK), (0, 0))
+    blocks = jnp.pad(patch, filling, constant_values=patches).reshape(-1, BLOCK, images)
 
-    none = jnp.zeros((len(patch), g.shape[-1]), g.dtype)
-    return jax.lax.scan(add, none, (g, patch.T))[0], None
+    def of_block(patch):
+        slope = sum(take_rows(g[image], patch[:, image]) for image in range(images))
+        return as_bits(slope.astype(like.dtype))
+
+    grad = of_bits(jax.lax.map(of_block, blocks)).reshape(-1, channels)
+    return grad[: len(patch)], None
 
 
 patch_sums.defvjp(_patch_sums_fwd, _patch_sums_bwd)
@@ -167,11 +171,12 @@ def patch_means(x: jax.Array, seen: Sightings) -> tuple[jax.Array, jax.Array]:
     """Mean of the features of the points that each patch sees.
 
     Args:
-      x: (N, C) float32.
+      x: (N, C).
       seen: of I images with P patches.
 
     Returns:
-      means (I, P, C), zeros for patches that see nothing; how many points each sees (I, P) int32.
+      means (I, P, C) float32, zeros for patches that see nothing; how many points each sees (I, P)
+        int32.
     """
     count = jnp.diff(seen.first, axis=1)
     return patch_sums(x, seen) / jnp.maximum(count, 1)[..., None], count
