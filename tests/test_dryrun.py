@@ -142,6 +142,7 @@ def test_a_part_that_is_fetched_counts_as_the_part():
     found = cost.count(hlo.parse(TEXT.replace("  ROOT %result", fetch + "  ROOT %result")))
     sizes = {kernel.name: kernel.size for kernel in found.kernels}
     assert (sizes["fetch"], sizes["copy"]) == (200 * 128 * 4, 1000 * 128 * 4)
+    assert {kernel.name for kernel in found.kernels if kernel.ahead} == {"fetch", "copy"}
 
 
 def test_a_fusion_that_runs_beside_others_counts_once_and_for_what_it_reads():
@@ -273,6 +274,18 @@ def test_a_kernel_takes_the_longer_of_products_and_memory():
     line = estimate(Costs(kernels), where)
     assert line.parts == {"other": 6.0, "geometry": 3.0, "mlp": 2.0, "collectives": 0.0}
     assert (line.kernels, line.products, line.memory) == pytest.approx((11, 8, 4))
+
+
+def test_moves_take_the_time_that_products_leave_to_the_memory():
+    where = topology.parse("v5e:4x8")
+    products = Kernel("a", "jit(f)/mlp/dot", {"half": 3 * 197e12}, 819e9, 1)  # 3 s, 1 s of memory
+    reads = Kernel("b", "jit(f)/geometry/sort", {}, 819e9, 1)
+    for seconds, more in ((1, 0), (2, 0), (5, 3)):
+        moves = Kernel("copy-start", "", {}, 819e9 / 2, 2 * seconds, ahead=True)
+        line = estimate(Costs([products, reads, moves]), where)
+        assert line.seconds == pytest.approx(4 + more)
+        assert line.memory == pytest.approx(2 + seconds)
+        assert line.parts.get("moves that nothing hides", 0) == pytest.approx(more)
 
 
 def test_on_gpus_kernels_take_time_to_start_and_loops_wait_for_the_host():

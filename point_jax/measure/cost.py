@@ -72,6 +72,7 @@ class Kernel(NamedTuple):
       flops: operations of one run by the precision of its products.
       size: bytes of one run.
       times: how often a step runs it.
+      ahead: whether it moves an array to or from the chip's memory while other kernels run.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Kernel(NamedTuple):
     flops: dict[Precision, float]
     size: float
     times: float
+    ahead: bool = False
 
 
 @dataclass
@@ -172,7 +174,8 @@ class _Walk:
             return
         size, flops = self._size(this, around), self._flops(this, around)
         if size or flops:
-            found.kernels.append(Kernel(this.name, this.op_name, flops, size, times))
+            ahead = this.opcode in _MOVES
+            found.kernels.append(Kernel(this.name, this.op_name, flops, size, times, ahead))
 
     # ---- Collectives.
 

@@ -2,10 +2,11 @@
 
 Every kernel takes as long as its products at the peak rate or its bytes at the memory's, whichever
 is longer, or as starting one takes, where that is known (GPUs); a loop that ends where its data say
-waits for the host there. Collectives take the bytes that each device must send over its links, and
-nothing is hidden behind them. That is a bound from below for each kernel: what products of few
-columns waste, and that gathers of short rows and sorts are slower than straight reading, is not in
-it.
+waits for the host there. What TPUs move into the chip's memory while kernels run takes the time
+that these leave to the memory, and more only where that does not suffice. Collectives take the
+bytes that each device must send over its links, and nothing is hidden behind them. That is a bound
+from below: what products of few columns waste, and that gathers of short rows and sorts are slower
+than straight reading, is not in it.
 """
 
 from collections import Counter
@@ -16,7 +17,8 @@ from point_jax.measure.cost import Collective, Costs, Kernel
 from point_jax.measure.parts import OTHER, place_of
 from point_jax.measure.topology import Topology
 
-COLLECTIVES, TURNS = "collectives", "waits for the host"  # beside the parts of `measure.parts`
+# Beside the parts of `measure.parts`.
+COLLECTIVES, TURNS, AHEAD = "collectives", "waits for the host", "moves that nothing hides"
 _BOTH_WAYS = ("all-reduce",)  # what is a reduce-scatter and an all-gather
 
 
@@ -29,8 +31,9 @@ class Roofline:
       memory: all bytes at the memory's rate.
       collectives: over links and network.
       turns: loops that wait for the host.
-      kernels: each kernel by the longest of its three, added up.
-      parts: the same by part of the project, the collectives, and the turns where there are any.
+      kernels: each kernel by the longest of its three, added up, and moves that nothing hides.
+      parts: the same by part of the project, the collectives, and the turns and moves where there
+        are any.
     """
 
     products: float
@@ -56,13 +59,19 @@ def estimate(costs: Costs, topology: Topology) -> Roofline:
     if chip is None:
         raise ValueError(f"{topology}: what a device can do is not known")
     parts: Counter[str] = Counter()
-    products = memory = 0.0
+    products = memory = ahead = spare = 0.0
     for kernel in costs.kernels:
         flop, move = _product_seconds(kernel, chip), kernel.size / chip.bandwidth
         products += kernel.times * flop
         memory += kernel.times * move
-        place = place_of(kernel.op_name)
-        parts[place.part if place else OTHER] += kernel.times * max(flop, move, chip.start)  # type: ignore
+        if kernel.ahead:
+            ahead += kernel.times * move
+            continue
+        place, longest = place_of(kernel.op_name), max(flop, move, chip.start)
+        parts[place.part if place else OTHER] += kernel.times * longest  # type: ignore
+        spare += kernel.times * (longest - move)
+    if ahead > spare:
+        parts[AHEAD] = ahead - spare  # type: ignore
     kernels = float(sum(parts.values()))
     sent = sum(c.times * collective_seconds(c, topology) for c in costs.collectives)
     turns = costs.turns * chip.turn
