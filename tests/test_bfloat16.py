@@ -38,11 +38,35 @@ def test_a_dense_layer_rounds_its_sums_once(rows):
     assert_rounded(of_kernel, flat_x.T @ flat_slope)
 
 
-def test_other_dtypes_are_left_alone():
-    x, kernel = (normal(i, 40, 40).astype(jnp.float32) for i in range(2))
-    dims = (((1,), (0,)), ((), ()))
-    plain = jax.jit(lambda: jax.lax.dot_general(x, kernel, dims))()
-    np.testing.assert_array_equal(jax.jit(lambda: dot_general(x, kernel, dims))(), plain)
+DENSE = (((1,), (0,)), ((), ()))
+
+
+def test_on_cpus_the_product_is_one_of_bfloat16_into_float32():
+    """The only one that is fast there."""
+    x, kernel = normal(0, 64, 64), normal(1, 64, 64)
+    text = jax.jit(lambda x, kernel: dot_general(x, kernel, DENSE)).lower(x, kernel).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    (product,) = products
+    assert product.endswith("(tensor<64x64xbf16>, tensor<64x64xbf16>) -> tensor<64x64xf32>")
+
+
+def test_everything_else_is_a_plain_product():
+    x, kernel = normal(0, 4, 6), normal(1, 6, 5)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, kernel))
+    for arguments, how in (
+        (wide, {}),
+        ((x, wide[1]), {}),
+        ((x, kernel), {"preferred_element_type": jnp.float32}),
+        ((x, kernel), {"precision": jax.lax.Precision.HIGHEST}),
+    ):
+        ours = jax.make_jaxpr(lambda x, kernel, how=how: dot_general(x, kernel, DENSE, **how))
+        plain = jax.make_jaxpr(
+            lambda x, kernel, how=how: jax.lax.dot_general(x, kernel, DENSE, **how)
+        )
+        assert str(ours(*arguments)) == str(plain(*arguments))
+    assert dot_general(x[:0], kernel, DENSE).shape == (0, 5)
+    with pytest.raises(ValueError, match="contracts x's last dimension"):
+        dot_general(x, kernel, (((0,), (1,)), ((), ())))
 
 
 def largest_in_loops(function, *args):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from point_jax.ops.correspondence import (
+    BLOCK,
     patch_means,
     patch_of,
+    patch_sums,
     pool_places,
     shifted_cosine,
     sightings,
@@ -66,16 +68,17 @@ def test_a_patch_has_the_mean_of_the_points_that_it_sees_and_gives_them_its_grad
     np.testing.assert_allclose(grad, want, atol=1e-5)
 
 
-def test_bfloat16_features_are_summed_in_float32_and_get_one_rounded_gradient():
+def test_a_gradient_of_many_points_is_gathered_block_by_block():
+    """More points than a block has, and not a multiple of it."""
     draw = np.random.default_rng(5)
-    x = jnp.asarray(draw.normal(size=(POINTS, 5)), jnp.bfloat16)
-    patch = patch_of(jnp.asarray(places_of(2)), HEIGHT, WIDTH)
-    seen = sightings(patch, HEIGHT * WIDTH)
-    means, backward = jax.vjp(lambda x: patch_means(x, seen)[0], x)
-    exact, exactly_back = jax.vjp(lambda x: patch_means(x, seen)[0], x.astype(jnp.float32))
-    np.testing.assert_array_equal(means, exact)
-    slope = jnp.asarray(draw.normal(size=means.shape), jnp.float32)
-    np.testing.assert_array_equal(backward(slope)[0], exactly_back(slope)[0].astype(jnp.bfloat16))
+    patch = draw.integers(0, 50, (3 * BLOCK + 7, IMAGES)).astype(np.int32)  # 49: none
+    seen = sightings(jnp.asarray(patch), 49)
+    slope = draw.normal(size=(IMAGES, 49, 3)).astype(np.float32)
+    x = jnp.zeros((len(patch), 3))
+    grad = jax.grad(lambda x: (patch_sums(x, seen) * slope).sum())(x)
+    padded = np.pad(slope, ((0, 0), (0, 1), (0, 0)))
+    want = sum(padded[image, patch[:, image]] for image in range(IMAGES))
+    np.testing.assert_allclose(grad, want, atol=1e-6)
 
 
 BOUNDS = {
@@ -99,13 +102,14 @@ def test_clusters_of_any_size_are_summed_by_blocks(bounds, rows):
     np.testing.assert_allclose(found, [values.sum(0) for values in mine], atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [1, 700])
-def test_bfloat16_is_summed_by_blocks_in_float32(size):
-    first = np.array([0, size, 1280])
-    x = jnp.asarray(np.random.default_rng(4).normal(size=(1280, 4)), jnp.bfloat16)
-    found = sum_blocks(x, jnp.arange(1280), jnp.asarray(first))
-    want = np.stack([np.float64(x[:size]).sum(0), np.float64(x[size:]).sum(0)])
-    np.testing.assert_allclose(found, want, atol=2e-5)
+def test_blocks_of_many_small_clusters_are_summed():
+    """Hundreds of clusters a block, so that windows move far and overlap."""
+    draw = np.random.default_rng(6)
+    first = np.concatenate([[0], np.sort(draw.integers(0, 1201, 900)), [1201]])
+    x, order = draw.normal(size=(1201, 3)).astype(np.float32), draw.permutation(1201)
+    found = sum_blocks(jnp.asarray(x), jnp.asarray(order), jnp.asarray(first))
+    mine = [x[order[start:end]].astype(np.float64) for start, end in itertools.pairwise(first)]
+    np.testing.assert_allclose(found, [values.sum(0) for values in mine], atol=2e-5)
 
 
 sum_blocks = jax.jit(sum_by_blocks)

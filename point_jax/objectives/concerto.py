@@ -252,7 +252,7 @@ class Concerto:
         shared: Params,
     ) -> tuple[jax.Array, jax.Array]:
         """Sum over the patches hit of the scaled loss, and their number."""
-        x = up_cast(levels, hierarchy, self.spec.up_cast)
+        x = up_cast(levels, hierarchy, self.spec.up_cast).astype(jnp.float32)
         means, count = patch_means(x, jax.tree.map(lambda x: x[piece.scene], shared["seen"]))
         predicted = means @ projection["kernel"] + projection["bias"][None, None]
         loss = shifted_cosine(predicted, shared["features"][piece.scene])

@@ -5,6 +5,7 @@ slice that is written to a bfloat16 array in a loop costs a pass over the whole 
 and back. Accelerators have neither problem.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -12,13 +13,29 @@ import jax.numpy as jnp
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **how: Any) -> jax.Array:
-    """`jax.lax.dot_general` of a dense layer, as `flax.nnx.Linear` calls it: (..., C), (C, F).
+    """`jax.lax.dot_general` of a dense layer, as `flax.nnx.Linear` calls it.
 
-    Numbers are those of a plain product: sums in float32, rounded once to the operands' dtype.
+    Numbers are those of a plain product: sums in float32, rounded once to bfloat16. Differentiated
+    in reverse only. Other dtypes, and whoever asks for a precision, a result's dtype or a sharding,
+    get the plain product.
+
+    Args:
+      x: (..., C).
+      kernel: (C, F).
+      dimension_numbers: of `jax.lax.dot_general`; without any but these.
+      how: its other arguments.
+
+    Returns:
+      (..., F).
     """
-    if x.dtype != jnp.bfloat16:
+    halves = x.dtype == kernel.dtype == jnp.bfloat16
+    if not halves or any(value is not None for value in how.values()):
         return jax.lax.dot_general(x, kernel, dimension_numbers, **how)
-    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+    if dimension_numbers != (((x.ndim - 1,), (0,)), ((), ())):
+        raise ValueError(f"a dense layer contracts x's last dimension, got {dimension_numbers}")
+    before = x.shape[:-1]
+    product = _product(x.reshape(math.prod(before), x.shape[-1]), kernel)
+    return product.reshape(*before, kernel.shape[1])
 
 
 @jax.custom_vjp

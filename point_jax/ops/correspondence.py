@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from point_jax.geometry.running import running_sum
-from point_jax.ops.bfloat16 import as_bits, of_bits
 from point_jax.ops.gather import take_rows
 from point_jax.ops.pool import cluster_sum
 
-BLOCK = 512  # points that are added up in one product
+BLOCK = 256  # points that are added up in one product
 
 
 def pool_places(places: jax.Array, first_child: jax.Array) -> jax.Array:
@@ -91,11 +90,11 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
     add up blocks of points.
 
     Args:
-      x: (N, C); what is gathered of it for every image is in its dtype, the sums are float32.
+      x: (N, C) float32.
       seen: of I images with P patches.
 
     Returns:
-      (I, P, C) float32, zeros for patches that see nothing.
+      (I, P, C), zeros for patches that see nothing.
     """
 
     def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -105,7 +104,7 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
 
 
 def _sum_by_turns(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
-    return cluster_sum(take_rows(x, order).astype(jnp.float32), first)
+    return cluster_sum(take_rows(x, order), first)
 
 
 def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
@@ -115,12 +114,12 @@ def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array
     clusters than it has rows, so its sums are added to a window of those before.
 
     Args:
-      x: (N, C).
+      x: (N, C) float32.
       order: (R,) int32, a permutation of rows of x.
       first: (P + 1,) int32, where each cluster starts in the order.
 
     Returns:
-      (P, C) float32, zeros for empty clusters.
+      (P, C), zeros for empty clusters.
     """
     size, place = BLOCK, jnp.arange(len(order), dtype=jnp.int32)
     inside = (place >= first[0]) & (place < first[-1])
@@ -130,38 +129,33 @@ def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array
     filling = (0, -len(order) % size)
     rows = jnp.pad(jnp.where(inside, order, len(x)), filling, constant_values=len(x))
     rows, ranks = (a.reshape(-1, size) for a in (rows, jnp.pad(rank, filling, mode="edge")))
-    precision = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         begin = ranks[i, 0]
         mine = (jnp.arange(size)[:, None] == (ranks[i] - begin)[None]).astype(x.dtype)
-        more = jnp.dot(
-            mine, take_rows(x, rows[i]), precision=precision, preferred_element_type=jnp.float32
-        )
+        more = jnp.dot(mine, take_rows(x, rows[i]), precision=jax.lax.Precision.HIGHEST)
         before = jax.lax.dynamic_slice_in_dim(sums, begin, size)
         return jax.lax.dynamic_update_slice_in_dim(sums, before + more, begin, axis=0)
 
-    sums = jnp.zeros((len(first) + size, x.shape[1]))
+    sums = jnp.zeros((len(first) + size, x.shape[1]), x.dtype)
     sums = jax.lax.fori_loop(0, len(rows), add, sums)
     of_cluster = rank[jnp.minimum(first[:-1], len(order) - 1)]
     return jnp.where((first[1:] > first[:-1])[:, None], sums[of_cluster], 0)
 
 
 def _patch_sums_fwd(x, seen):
-    return patch_sums(x, seen), (seen.patch, x[:0])  # the empty array tells the dtype
+    return patch_sums(x, seen), seen.patch
 
 
-def _patch_sums_bwd(saved, g):
-    (patch, like), (images, patches, channels) = saved, g.shape
+def _patch_sums_bwd(patch, g):
+    images, patches, channels = g.shape
     filling = ((0, -len(patch) % BLOCK), (0, 0))
     blocks = jnp.pad(patch, filling, constant_values=patches).reshape(-1, BLOCK, images)
 
     def of_block(patch):
-        slope = sum(take_rows(g[image], patch[:, image]) for image in range(images))
-        return as_bits(slope.astype(like.dtype))
+        return sum(take_rows(g[image], patch[:, image]) for image in range(images))
 
-    grad = of_bits(jax.lax.map(of_block, blocks)).reshape(-1, channels)
-    return grad[: len(patch)], None
+    return jax.lax.map(of_block, blocks).reshape(-1, channels)[: len(patch)], None
 
 
 patch_sums.defvjp(_patch_sums_fwd, _patch_sums_bwd)
@@ -171,12 +165,11 @@ def patch_means(x: jax.Array, seen: Sightings) -> tuple[jax.Array, jax.Array]:
     """Mean of the features of the points that each patch sees.
 
     Args:
-      x: (N, C).
+      x: (N, C) float32.
       seen: of I images with P patches.
 
     Returns:
-      means (I, P, C) float32, zeros for patches that see nothing; how many points each sees (I, P)
-        int32.
+      means (I, P, C), zeros for patches that see nothing; how many points each sees (I, P) int32.
     """
     count = jnp.diff(seen.first, axis=1)
     return patch_sums(x, seen) / jnp.maximum(count, 1)[..., None], count
