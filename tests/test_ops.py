@@ -10,7 +10,7 @@ from test_hierarchy import random_row
 
 from point_jax.geometry.neighbours import TAPS
 from point_jax.geometry.patches import build_patches
-from point_jax.ops import pool
+from point_jax.ops import conv, pool
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
 from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
@@ -40,9 +40,11 @@ def pad(x):
     return jnp.concatenate([x, jnp.zeros_like(x[:1])])
 
 
-@pytest.mark.parametrize("form", ["pair by pair", "side by side"])
+@pytest.mark.parametrize("form", ["pair by pair", "side by side", "tap after tap"])
 @pytest.mark.parametrize("duplicates", [False, True])
-def test_convolution_reads_the_representatives_around_and_itself(duplicates, form):
+def test_convolution_reads_the_representatives_around_and_itself(duplicates, form, monkeypatch):
+    axes = "tsc" if form == "tap after tap" else "stc"
+    monkeypatch.setattr(conv, "_CPU", conv.Blocks(100 * 27 * 6 * 4, axes))  # several blocks
     level = random_row(3, duplicates)[0]
     pairs = level.pairs if form == "pair by pair" else None
 

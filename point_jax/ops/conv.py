@@ -8,6 +8,7 @@ fast on CPUs.
 """
 
 from functools import partial
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,29 @@ from point_jax.geometry.pairs import Pairs
 from point_jax.ops import conv_pairs
 from point_jax.ops.gather import take_rows
 
-# Of gathered features. On CPUs: small enough for a cache.
-_CPU_BLOCK_BYTES = 4 << 20
-# The compilers for v5e and v6e keep this much on the chip, as gathered and as rows of the product
-# (seen at levels 0 and 3 of the base network); at level 0 twice as much goes through the memory.
-# Smaller blocks only mean more of them.
-_TPU_BLOCK_BYTES = 16 << 20
+
+class Blocks(NamedTuple):
+    """How a platform works side by side.
+
+    Attributes:
+      size: bytes of the gathered features of a block of rows.
+      axes: of these, by their letters: s rows, t taps, c channels.
+    """
+
+    size: int
+    axes: Literal["stc", "tsc"]
+
+
+# Small enough for a cache.
+_CPU = Blocks(4 << 20, "stc")
 # A loop on a GPU asks the host before each block whether there is one more: few blocks, each as
-# large as the second-level cache.
-_CUDA_BLOCK_BYTES = 64 << 20
+# large as the second-level cache. A row's taps side by side are one matrix without a copy.
+_CUDA = Blocks(64 << 20, "stc")
+# The compilers for v5e and v6e keep this much on the chip (seen at levels 0 and 3 of the base
+# network); smaller blocks only mean more of them. Side by side, taps of other than 128 channels are
+# moved lane by lane: ten times the cycles of the product at level 0. One tap after the other they
+# stay where they are.
+_TPU = Blocks(16 << 20, "tsc")
 
 
 @jax.custom_vjp
@@ -64,11 +79,11 @@ def _forward(x, weight, neighbours, count, pairs):
 
 
 def _by_platform(side_by_side, by_pairs):
-    """What `side_by_side(bytes of a block)` or, on CPUs, `by_pairs()` returns."""
+    """What `side_by_side(blocks)` or, on CPUs, `by_pairs()` returns."""
     return jax.lax.platform_dependent(
-        cpu=by_pairs or partial(side_by_side, _CPU_BLOCK_BYTES),
-        cuda=partial(side_by_side, _CUDA_BLOCK_BYTES),
-        default=partial(side_by_side, _TPU_BLOCK_BYTES),
+        cpu=by_pairs or partial(side_by_side, _CPU),
+        cuda=partial(side_by_side, _CUDA),
+        default=partial(side_by_side, _TPU),
     )
 
 
@@ -89,16 +104,16 @@ def _bwd(saved, g):
 submanifold_conv.defvjp(_fwd, _bwd)
 
 
-def _gradients(x, weight, neighbours, voxel, count, g, block_bytes):
+def _gradients(x, weight, neighbours, voxel, count, g, blocks):
     """Of x (N, C) and of the kernel (T, C, F)."""
     centre = len(neighbours) // 2
     # A representative is read by every row of each voxel around it: by the sum of their gradients.
     # The centre tap stays row by row.
     transposed = jnp.swapaxes(weight, 1, 2)
     summed = _sum_duplicates(g, voxel)
-    grad = _correlate(summed, transposed, neighbours, count, block_bytes, voxel)
+    grad = _correlate(summed, transposed, neighbours, count, blocks, voxel)
     grad = (grad + g @ weight[centre].T).astype(x.dtype)
-    return grad, _correlate_weight(x, g, neighbours, count, block_bytes).astype(weight.dtype)
+    return grad, _correlate_weight(x, g, neighbours, count, blocks).astype(weight.dtype)
 
 
 def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:
@@ -124,11 +139,11 @@ def _over_blocks(body, init, capacity, size, count):
     return body(0, init) if capacity <= size else over_blocks(body, init, capacity, size, count)
 
 
-def _table_block(neighbours, start, size, voxel=None):
-    """Neighbours of a block of rows, (size, T); mirrored, for representatives only, with `voxel`.
+def _gathered(x, neighbours, start, size, axes, voxel=None):
+    """Features around a block of rows, by `axes`; mirrored, for representatives only, with `voxel`.
 
-    Turned block by block: the whole table with its taps last would take 128 / 27 of its size on
-    TPUs, and a mirrored one as much as the table again.
+    The table is turned block by block: whole, with its taps last, it would take 128 / 27 of its
+    size on TPUs, and a mirrored one as much as the table again.
     """
     taps, capacity = neighbours.shape
     rows = jax.lax.dynamic_slice_in_dim(neighbours, start, size, axis=1)
@@ -136,43 +151,40 @@ def _table_block(neighbours, start, size, voxel=None):
         represents = jax.lax.dynamic_slice_in_dim(voxel, start, size) == start + jnp.arange(size)
         apart = jnp.arange(taps) != taps // 2
         rows = jnp.where(represents[None] & apart[:, None], rows[::-1], capacity)
-    return jax.lax.optimization_barrier(rows).T
+    rows = jax.lax.optimization_barrier(rows)
+    return x.at[rows.T if axes == "stc" else rows].get(mode="promise_in_bounds")
 
 
-def _correlate(x, weight, neighbours, count, block_bytes, voxel=None):
+def _correlate(x, weight, neighbours, count, blocks, voxel=None):
     taps, channels, filters = weight.shape
     capacity = neighbours.shape[1]
-    size = _rows(capacity, taps * channels * x.dtype.itemsize, block_bytes)
-    kernel = weight.reshape(taps * channels, filters)
+    size = _rows(capacity, taps * channels * x.dtype.itemsize, blocks.size)
     padded = jnp.pad(x, ((0, 1), (0, 0)))
+    product = partial(jnp.einsum, f"{blocks.axes},tcf->sf", preferred_element_type=jnp.float32)
 
     def block(i, out):
         # The last block overlaps the one before it and writes the same values again.
         start = jnp.minimum(i * size, capacity - size)
-        rows = _table_block(neighbours, start, size, voxel)
-        gathered = padded.at[rows].get(mode="promise_in_bounds").reshape(size, taps * channels)
-        product = jnp.dot(gathered, kernel, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), start, axis=0)
+        values = product(_gathered(padded, neighbours, start, size, blocks.axes, voxel), weight)
+        return jax.lax.dynamic_update_slice_in_dim(out, values.astype(out.dtype), start, axis=0)
 
     out = jnp.zeros((capacity, filters), x.dtype)
     return _over_blocks(block, out, capacity, size, count)
 
 
-def _correlate_weight(x, g, neighbours, count, block_bytes):
+def _correlate_weight(x, g, neighbours, count, blocks):
     """(T, C, F): the gradient of the kernel, summed in float32."""
     (taps, capacity), channels, filters = neighbours.shape, x.shape[1], g.shape[1]
-    size = _rows(capacity, taps * channels * x.dtype.itemsize, block_bytes)
+    size = _rows(capacity, taps * channels * x.dtype.itemsize, blocks.size)
     padded = jnp.pad(x, ((0, 1), (0, 0)))
+    product = partial(jnp.einsum, f"{blocks.axes},sf->tcf", preferred_element_type=jnp.float32)
 
     def block(i, total):
         start = jnp.minimum(i * size, capacity - size)
-        rows = _table_block(neighbours, start, size)
-        gathered = padded.at[rows].get(mode="promise_in_bounds").reshape(size, taps * channels)
         slope = jax.lax.dynamic_slice_in_dim(g, start, size, axis=0)
         index = start + jnp.arange(size)
         slope = jnp.where(((index >= i * size) & (index < count))[:, None], slope, 0)
-        return total + jnp.dot(gathered.T, slope, preferred_element_type=jnp.float32)
+        return total + product(_gathered(padded, neighbours, start, size, blocks.axes), slope)
 
-    total = jnp.zeros((taps * channels, filters), jnp.float32)
-    total = _over_blocks(block, total, capacity, size, count)
-    return total.reshape(taps, channels, filters)
+    total = jnp.zeros((taps, channels, filters), jnp.float32)
+    return _over_blocks(block, total, capacity, size, count)
