@@ -331,6 +331,8 @@ def test_too_much_memory_is_read_from_xla_s_error():
     [
         (["--topology=v5e:4"], "2 dimension"),
         (["--topology=v5e:4x8", "--json=no/such/folder/x.json"], "no folder"),
+        (["--topology=v5e:4x8", "--json=tests"], "is a folder"),
+        (["--topology=v5e:4x8", "--slices=0"], "--slices=0: expected 1 or more"),
         (["--topology=v5e:4x8", "--wrong=1"], "not a flag"),
         ([], "--topology"),
     ],

@@ -89,6 +89,11 @@ def test_a_pod_that_cannot_ask_its_cluster_says_so(start, capsys):
     ("env", "job", "said"),
     [
         (ADDRESS, Job(), r"coordinator=first:1234: .* --processes \(or JAX_NUM_PROCESSES\) and"),
+        (
+            {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "1"},
+            Job(),
+            r"processes=4, process=1: .* --coordinator \(or JAX_COORDINATOR_ADDRESS\)",
+        ),
         ({}, Job("a:1", 2), r"coordinator=a:1, processes=2: .* --process \(or JAX_PROCESS_ID\)"),
         ({}, Job(process=1), "needs --coordinator .* and --processes"),
         ({}, Job("a:1", 2, 2), "process=2: expected a process from 0 to 1"),

@@ -90,6 +90,18 @@ def test_sigterm_reaches_the_command_which_may_take_its_time(stub):
     assert len(calls.read_text().splitlines()) == 1
 
 
+def test_sigterm_between_two_starts_ends_the_keeper(stub):
+    calls = stub("run", "exit 137")
+    keeper = subprocess.Popen(
+        [SCRIPTS / "keep_running.sh", "run"], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PAUSE": "60"},
+    )  # fmt: skip
+    assert keeper.stderr is not None and "start 2 in 60 s" in keeper.stderr.readline()
+    keeper.send_signal(signal.SIGTERM)
+    assert keeper.wait(20) == 137
+    assert len(calls.read_text().splitlines()) == 1
+
+
 # --- slurm.sh ---
 
 
@@ -102,6 +114,17 @@ def test_a_slurm_job_that_is_over_ends(stub, code):
     runs, queued = stub("srun", f"exit {code}"), stub("scontrol", "")
     assert slurm().returncode == code
     assert runs.read_text() == "--kill-on-bad-exit=1 python -u -m launch.train --config=c\n"
+    assert not queued.read_text()
+
+
+@pytest.mark.parametrize("who", ["node7: task 3", "node[7-9]: tasks 0-2"])
+def test_a_slurm_job_whose_others_were_ended_for_an_error_is_over(stub, who):
+    """Then srun ends with the signal that it gave the others."""
+    stub("srun", f'echo "srun: error: {who}: Exited with exit code 1" >&2; echo out; exit 143')
+    queued = stub("scontrol", "")
+    done = slurm()
+    assert done.returncode == 1 and "launch.train ended with 1" in done.stderr
+    assert done.stdout == "out\n" and who in done.stderr
     assert not queued.read_text()
 
 

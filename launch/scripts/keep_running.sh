@@ -18,7 +18,7 @@ pause=${PAUSE:-15}
 child=
 stopped=
 # SIGTERM is for the command and ends this loop: whoever stops the machine starts it again.
-trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
+trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((start = 0; ; start++)); do
   "$@" &
@@ -38,5 +38,8 @@ for ((start = 0; ; start++)); do
     exit "$code"
   fi
   echo "keep_running: exit code $code, start $((start + 2)) in $pause s" >&2
-  sleep "$pause"
+  for ((waited = 0; waited < pause; waited++)); do # a trap waits for `sleep`
+    sleep 1
+    [ -n "$stopped" ] && exit "$code"
+  done
 done

@@ -39,15 +39,22 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/point
 export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}
 
 # JAX finds the other processes from SLURM's variables, which only `srun` sets. --kill-on-bad-exit:
-# when a process dies the others are ended at once, not after a minute of waiting for it.
-code=0
-srun --kill-on-bad-exit=1 python -u -m launch.train "$@" || code=$?
+# when a process dies the others are ended at once, not after a minute of waiting for it. They end by
+# a signal then, and srun with its number (143, 137), whatever the first one's error was: that is in
+# its messages ("srun: error: node7: task 3: Exited with exit code 1").
+messages=$(mktemp)
+trap 'rm -f "$messages"' EXIT
+{
+  srun --kill-on-bad-exit=1 python -u -m launch.train "$@" 2>&1 >&3 | tee "$messages" >&2
+  code=${PIPESTATUS[0]}
+} 3>&1
+told=$(sed -nE 's/^srun: error: .*Exited with exit code (1|2|126|127|130)$/\1/p' "$messages" | head -n 1)
 
-case $code in
+case ${told:-$code} in
   0) exit 0 ;;
   1 | 2 | 126 | 127 | 130)
-    echo "slurm.sh: launch.train ended with $code: see its error above" >&2
-    exit "$code"
+    echo "slurm.sh: launch.train ended with ${told:-$code}: see its error above" >&2
+    exit "${told:-$code}"
     ;;
 esac
 # 143: stopped by SIGTERM and saved. Others: a process was killed (137: SIGKILL, perhaps out of

@@ -74,7 +74,7 @@ def _told(job: Job, env: Mapping[str, str]) -> Job:
         # Launchers set the address beside what JAX finds: then it is only where to look.
         if names["processes"] not in env and _found(env):
             return job
-        if env_says["coordinator"] is None:
+        if all(value is None for value in env_says.values()):
             return job
     given = {key: env_says[key] if value is None else value for key, value in given.items()}
     said = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
