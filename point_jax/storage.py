@@ -37,6 +37,8 @@ def place(path: str | Path) -> Path:
             "write checkpoints to others; mount the bucket (as Mountpoint does for S3) and give "
             "the folder"
         )
+    if not text.removeprefix(STORE).strip("/"):
+        raise StorageError(f"{text}: expected {STORE}bucket/folder, with a bucket")
     return cast(Path, epath.Path(text))
 
 

@@ -128,6 +128,8 @@ def test_what_no_store_can_be():
         place("s3://b/run")
     with pytest.raises(StorageError, match=r"--workdir=gs://b/run: expected a folder on this"):
         local("gs://b/run", "--workdir")
+    with pytest.raises(StorageError, match="gs://: expected gs://bucket/folder, with a bucket"):
+        place("gs://")
     with pytest.raises(StorageError, match="with two strokes"):
         place(Path("gs://b/run"))
     assert place("runs/a") == local("runs/a", "--workdir") == Path("runs/a")
