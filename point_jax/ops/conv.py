@@ -130,8 +130,8 @@ def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:
 
 
 def _rows(capacity: int, row_bytes: int, block_bytes: int) -> int:
-    """Rows a block."""
-    return max(1, min(capacity, max(64, block_bytes // row_bytes)))
+    """Rows a block: whole tiles of TPUs, so that taps one after the other lie without gaps."""
+    return max(1, min(capacity, max(64, block_bytes // row_bytes // 64 * 64)))
 
 
 def _over_blocks(body, init, capacity, size, count):
