@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 import toy_run
+from test_checkpoint import cut_file
 
 from launch.command import split_job
 from point_jax.training import checkpoint, mesh, peers
@@ -259,20 +260,48 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path, unbroke
     stopped = re.search(r"stopped by SIGTERM after step (\d+) of 100, saved", first[1])
     assert stopped and (tmp_path / "checkpoints" / stopped[1]).is_dir()
 
-    env = os.environ | {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16"}
-    arguments = f"--config={toy_run.__file__}", f"--workdir={tmp_path}", *LONG
-    alone = subprocess.run(
-        [sys.executable, toy_run.__file__, *arguments],
-        env=env, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-    assert f"going on after step {stopped[1]} of 100" in alone.stdout, alone
+    ((code, said, error),) = ends([begin_alone(tmp_path)])
+    assert code == 0 and f"going on after step {stopped[1]} of 100" in said, error
     assert [line["step"] for line in read_metrics(tmp_path)] == [*range(1, 101), 100]
     assert digest(tmp_path) == digest(unbroken)
 
 
-def wait_for_a_save(workdir):
+def test_what_one_process_began_two_go_on_with_past_a_damaged_checkpoint(tmp_path, unbroken):
+    """Both from the one before, with the same bits."""
+    alone = begin_alone(tmp_path)
+    wait_for_a_save(tmp_path, 2)
+    alone.terminate()
+    assert [code for code, *_ in ends([alone])] == [143]
+    before, newest = saved(tmp_path)[-2:]
+    cut_file(tmp_path / "checkpoints" / str(newest))
+
+    first, second = ends(begin(tmp_path, *LONG))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert "cannot read checkpoint" in first[1] + first[2]
+    assert f"going on after step {before} of 100" in first[1]
+    assert (tmp_path / "checkpoints" / f"{newest}.unreadable").is_dir()
+    assert digest(tmp_path) == digest(unbroken)
+
+
+def begin_alone(workdir):
+    """One process with as many devices as `begin` has in all."""
+    arguments = f"--config={toy_run.__file__}", f"--workdir={workdir}", *LONG
+    return subprocess.Popen(
+        [sys.executable, toy_run.__file__, *arguments],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "NPROC": "16"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def saved(workdir):
+    """Steps of finished checkpoints, ascending."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def wait_for_a_save(workdir, number=1):
     deadline = time.monotonic() + 120
-    while not checkpoint.any_saved(workdir) and time.monotonic() < deadline:
+    while len(saved(workdir)) < number and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
