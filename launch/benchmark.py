@@ -83,11 +83,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if not path.exists():
             raise SceneError(f"{path}: no such file or folder")
     if given.json:
-        folder = given.json.absolute().parent
-        if not folder.is_dir():
-            raise ConfigError(f"--json={given.json}: there is no folder {given.json.parent}")
-        if given.json.is_dir() or not os.access(folder, os.W_OK):
-            raise ConfigError(f"--json={given.json}: not a file that can be written")
+        command.check_file(given.json, "--json")
     for flag in ("profile", "cache_dir"):
         if folder := vars(given)[flag]:
             command.make_folder(folder, f"--{flag}")

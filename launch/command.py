@@ -130,3 +130,18 @@ def make_folder(path: Path, flag: str = "--output") -> None:
         raise ConfigError(f"{flag}={path}: cannot be made ({error.strerror})") from error
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{flag}={path}: no permission to write there")
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Refuses a file that a flag names and that cannot be written, before any work is done.
+
+    Raises:
+        ConfigError: there is no such folder, it may not be written into, or the path is a folder.
+    """
+    folder, wrong = path.absolute().parent, f"{flag}={path}: not a file that can be written"
+    if not folder.is_dir():
+        raise ConfigError(f"{flag}={path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ConfigError(f"{wrong}: it is a folder")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{wrong}: no permission to write there")

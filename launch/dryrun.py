@@ -50,11 +50,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--hlo", type=Path)
     given, rest = parser.parse_known_args(list(argv[1:]))
     for flag in ("json", "hlo"):
-        path = vars(given)[flag]
-        if path and path.is_dir():
-            raise ConfigError(f"--{flag}={path} is a folder, expected a file to write")
-        if path and not path.absolute().parent.is_dir():
-            raise ConfigError(f"--{flag}={path}: there is no folder {path.parent}")
+        if path := vars(given)[flag]:
+            command.check_file(path, f"--{flag}")
     if given.slices < 1:
         raise ConfigError(f"--slices={given.slices}: expected 1 or more")
     if given.draws < 0:

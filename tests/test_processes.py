@@ -273,13 +273,13 @@ def test_what_one_process_began_two_go_on_with_past_a_damaged_checkpoint(tmp_pat
     alone.terminate()
     assert [code for code, *_ in ends([alone])] == [143]
     before, newest = saved(tmp_path)[-2:]
-    cut_file(tmp_path / "checkpoints" / str(newest))
+    cut_file(newest)
 
     first, second = ends(begin(tmp_path, *LONG))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert "cannot read checkpoint" in first[1] + first[2]
-    assert f"going on after step {before} of 100" in first[1]
-    assert (tmp_path / "checkpoints" / f"{newest}.unreadable").is_dir()
+    assert f"going on after step {before.name} of 100" in first[1]
+    assert newest.with_name(f"{newest.name}.unreadable").is_dir()
     assert digest(tmp_path) == digest(unbroken)
 
 
@@ -294,9 +294,7 @@ def begin_alone(workdir):
 
 
 def saved(workdir):
-    """Steps of finished checkpoints, ascending."""
-    folder = workdir / "checkpoints"
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    return checkpoint._steps(workdir / checkpoint.FOLDER)
 
 
 def wait_for_a_save(workdir, number=1):

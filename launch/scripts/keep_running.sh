@@ -18,7 +18,7 @@ pause=${PAUSE:-15}
 child=
 stopped=
 # SIGTERM is for the command and ends this loop: whoever stops the machine starts it again.
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null' TERM INT
+trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
 
 for ((start = 0; ; start++)); do
   "$@" &

@@ -121,26 +121,30 @@ def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array
     Returns:
       (P, C), zeros for empty clusters.
     """
-    size, place = BLOCK, jnp.arange(len(order), dtype=jnp.int32)
+    place = jnp.arange(len(order), dtype=jnp.int32)
     inside = (place >= first[0]) & (place < first[-1])
     # The number of each row's cluster among those that have rows, from 1; 0 before the first.
     starts = jnp.zeros(len(order), jnp.int32).at[first].set(1, mode="drop")
     rank = running_sum(starts)
-    filling = (0, -len(order) % size)
-    rows = jnp.pad(jnp.where(inside, order, len(x)), filling, constant_values=len(x))
-    rows, ranks = (a.reshape(-1, size) for a in (rows, jnp.pad(rank, filling, mode="edge")))
+    rows, ranks = _in_blocks(jnp.where(inside, order, len(x)), len(x)), _in_blocks(rank, 0)
 
     def add(i: jax.Array, sums: jax.Array) -> jax.Array:
         begin = ranks[i, 0]
-        mine = (jnp.arange(size)[:, None] == (ranks[i] - begin)[None]).astype(x.dtype)
+        mine = (jnp.arange(BLOCK)[:, None] == (ranks[i] - begin)[None]).astype(x.dtype)
         more = jnp.dot(mine, take_rows(x, rows[i]), precision=jax.lax.Precision.HIGHEST)
-        before = jax.lax.dynamic_slice_in_dim(sums, begin, size)
+        before = jax.lax.dynamic_slice_in_dim(sums, begin, BLOCK)
         return jax.lax.dynamic_update_slice_in_dim(sums, before + more, begin, axis=0)
 
-    sums = jnp.zeros((len(first) + size, x.shape[1]), x.dtype)
+    sums = jnp.zeros((len(first) + BLOCK, x.shape[1]), x.dtype)
     sums = jax.lax.fori_loop(0, len(rows), add, sums)
     of_cluster = rank[jnp.minimum(first[:-1], len(order) - 1)]
     return jnp.where((first[1:] > first[:-1])[:, None], sums[of_cluster], 0)
+
+
+def _in_blocks(array: jax.Array, fill: int) -> jax.Array:
+    """Rows (N, ...) as blocks (B, BLOCK, ...); the last one is filled up."""
+    filling = ((0, -len(array) % BLOCK),) + ((0, 0),) * (array.ndim - 1)
+    return jnp.pad(array, filling, constant_values=fill).reshape(-1, BLOCK, *array.shape[1:])
 
 
 def _patch_sums_fwd(x, seen):
@@ -149,12 +153,11 @@ def _patch_sums_fwd(x, seen):
 
 def _patch_sums_bwd(patch, g):
     images, patches, channels = g.shape
-    filling = ((0, -len(patch) % BLOCK), (0, 0))
-    blocks = jnp.pad(patch, filling, constant_values=patches).reshape(-1, BLOCK, images)
 
     def of_block(patch):
         return sum(take_rows(g[image], patch[:, image]) for image in range(images))
 
+    blocks = _in_blocks(patch, patches)
     return jax.lax.map(of_block, blocks).reshape(-1, channels)[: len(patch)], None
 
 
