@@ -209,6 +209,26 @@ sys.exit(command.run(main, sys.argv, None))
         assert "Traceback" not in first[2] + second[2]
 
 
+def test_a_process_that_is_gone_before_its_first_sign_is_named(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text("""
+import os, signal, sys, time
+from launch import command
+from point_jax.training import mesh, peers
+peers.SILENT, peers.PERIOD = 1.0, 0.5
+_, job = command.split_job(sys.argv)
+if job.process == 1:
+    peers.watch = lambda: os.kill(os.getpid(), signal.SIGKILL)
+mesh.start_processes(job)
+time.sleep(3)
+peers.end(0)
+""")
+    (code, _, error), (killed, *_) = ends(begin(tmp_path, program=script))
+    assert (code, killed) == (0, -signal.SIGKILL), error
+    first = f"warning of process 0 of 2 on {socket.gethostname()}"
+    assert f"{first}: process 1 of 2 has given no sign for 1 s" in error
+
+
 def test_a_sum_whose_other_half_is_gone_may_be_the_fault_of_another_process():
     """Then JAX has its time to notice; also where the error is of a library in between."""
     broken = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
@@ -241,10 +261,11 @@ def test_a_process_that_is_killed_ends_the_job(tmp_path, unbroken, who):
     assert code == -signal.SIGABRT, error
     if who == 1:
         host = socket.gethostname()
-        assert f"warning of process 0 of 2 on {host}: process 1 of 2 on {host} has given" in error
-        assert "unhealthy (stopped sending heartbeats):\n1\n" in error
+        named = f"warning of process 0 of 2 on {host}: process 1 of 2 on {host} has given"
+        assert named in error, error
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in error, error
     else:  # it holds what the processes know of one another
-        assert "the JAX distributed service detected fatal errors" in error
+        assert "the JAX distributed service detected fatal errors" in error, error
 
     assert [code for code, *_ in together(tmp_path, *LONG)] == [0, 0]
     assert digest(tmp_path) == digest(unbroken)

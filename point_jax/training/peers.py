@@ -8,6 +8,7 @@ others read it there, say it, and leave too.
 
 import atexit
 import contextlib
+import itertools
 import os
 import re
 import socket
@@ -119,13 +120,12 @@ def _finish(thread: threading.Thread) -> None:
 def _watch(store: Any) -> None:
     """Looks into the store until this process ends or must end because of another."""
     number, processes = _job()
-    heard: dict[int, tuple[str, float, bool]] = {}  # process -> its last sign, when, whether named
-    signs = 0
-    while not _leaving.wait(PERIOD):
+    # Process -> its last sign, when, whether named. One may be gone before it has given any.
+    heard = {one: ("", time.monotonic(), False) for one in range(processes) if one != number}
+    for sign in itertools.count(1):
         try:
-            signs += 1
-            sign = f"{socket.gethostname()} {signs}"
-            store.key_value_set(f"{ALIVE}{number}", sign, allow_overwrite=True)
+            text = f"{socket.gethostname()} {sign}"
+            store.key_value_set(f"{ALIVE}{number}", text, allow_overwrite=True)
             failed = [one for one in _read(store, FAILED) if one[0] != number]
             if failed:
                 store.key_value_set(f"{HEARD}{number}", "", allow_overwrite=True)
@@ -144,19 +144,22 @@ def _watch(store: Any) -> None:
                     time.sleep(2 * PERIOD)
                 end(1)
             return
+        if _leaving.wait(PERIOD):
+            return
 
 
 def _name_the_silent(store: Any, heard: dict[int, tuple[str, float, bool]], processes: int) -> None:
     """Says which processes have given no sign for `SILENT` seconds; keeps `heard` up to date."""
     now = time.monotonic()
     for one, sign in _read(store, ALIVE):
-        if heard.get(one, ("", 0.0, False))[0] != sign:
+        if one in heard and heard[one][0] != sign:
             heard[one] = sign, now, False
     for one, (sign, since, named) in heard.items():
         if now - since > SILENT and not named:
             heard[one] = sign, since, True
+            host = f" on {sign.partition(' ')[0]}" if sign else ""
             say(
-                f"process {one} of {processes} on {sign.split()[0]} has given no sign for "
+                f"process {one} of {processes}{host} has given no sign for "
                 f"{SILENT:.0f} s; if it was killed, or its host is down, the job ends within "
                 f"{HEARTBEAT - SILENT:.0f} s",
                 "warning",
