@@ -8,13 +8,13 @@ import os
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 
+from point_jax import storage
 from point_jax.data.patience import HangingInput
 from point_jax.data.scenes import SceneError
-from point_jax.storage import StorageError
 from point_jax.training import mesh, peers
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import Config, ConfigError, check_config, parse_command_line
@@ -23,14 +23,40 @@ from point_jax.training.metrics import MetricsError
 
 FOR_THE_USER = (
     *(ConfigError, SceneError, CheckpointError, MetricsError, TrainingStopped),
-    *(StorageError, FloatingPointError),
+    *(storage.StorageError, FloatingPointError),
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: nothing can be written there
 
 
+class _Once(argparse.Action):
+    """Keeps a flag's value; given twice, the flag is an error."""
+
+    seen = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if self.seen:
+            parser.error(f"{option_string} is given twice")
+        self.seen = True
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """Raises a ConfigError where argparse would print its usage and leave."""
+    """Raises a ConfigError where argparse would print its usage and leave, or take the last value.
+
+    A command uses one for one command line.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As of `argparse.ArgumentParser`."""
+        super().__init__(*args, **kwargs)
+        self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for whatever is wrong with the command line."""
@@ -63,6 +89,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         failure, message = error, f"{type(error).__name__}: {error}"
         if getattr(error, "errno", None) in FULL:
             message = str(error)
+        elif storage.of_store(error):
+            message = f"object store: {message}; look at its name and your credentials"
         else:  # a fault of the program: the way to it helps whoever mends it
             with contextlib.suppress(OSError, ValueError):  # a log on a full disk
                 traceback.print_exc()

@@ -73,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _list(flag: str, text: str, kind: Callable[[str], T], good: Callable[[T], Any]) -> list[T]:
     expected = {
-        "buckets": "numbers of voxels",
+        "buckets": "numbers of voxels, 1 or more",
         "shares": "numbers above 0 and up to 1",
         "platforms": f"some of {', '.join(PLATFORMS)}",
     }.get(flag, "names")

@@ -34,8 +34,8 @@ def place(path: str | Path) -> Path:
     if not text.startswith(STORE):
         raise StorageError(
             f"{text}: of object stores only {STORE}bucket/folder can be used: Orbax has no way to "
-            "write checkpoints to others; mount the bucket (as Mountpoint does for S3) and give "
-            "the folder"
+            "write checkpoints to others; mount the bucket (s3fs-fuse does it for S3) and give the "
+            "folder"
         )
     if not text.removeprefix(STORE).strip("/"):
         raise StorageError(f"{text}: expected {STORE}bucket/folder, with a bucket")
@@ -61,6 +61,11 @@ def local(path: str | Path, what: str) -> Path:
 def is_remote(path: Path) -> bool:
     """Whether a path is in an object store."""
     return str(path).startswith(STORE)
+
+
+def of_store(error: BaseException) -> bool:
+    """Whether an error is of the libraries that reach object stores; they have no common kind."""
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google")
 
 
 class Mirror:

@@ -13,7 +13,7 @@ from point_jax.data.pipeline import batch_shapes, make_batches
 from point_jax.geometry.loops import planned
 from point_jax.measure import cost, hlo, topology
 from point_jax.measure.cost import Collective, Costs, Kernel
-from point_jax.measure.dryrun import too_much
+from point_jax.measure.dryrun import activation_bytes, make_step, too_much
 from point_jax.measure.roofline import collective_seconds, estimate
 from point_jax.measure.traced import kept_bytes, product_flops
 from point_jax.ops.attention import patch_attention
@@ -334,6 +334,12 @@ def test_too_much_memory_is_read_from_xla_s_error():
         (["--topology=v5e:4x8", "--json=tests"], "is a folder"),
         (["--topology=v5e:4x8", "--slices=0"], "--slices=0: expected 1 or more"),
         (["--topology=v5e:4x8", "--wrong=1"], "not a flag"),
+        (["--topology=v5e:4x8", "--topology=v4:2x2x1"], "--topology is given twice"),
+        (
+            ["--topology=cpu:1", "--config.network.remat_levels=('all','no')"],
+            "network.remat_levels",
+        ),
+        (["--topology=cpu:1", "--config.network.remat_levels=('all',)"], "1 words for 2 levels"),
         ([], "--topology"),
     ],
 )
@@ -348,6 +354,15 @@ def test_shapes_of_a_batch_are_those_that_are_shipped():
     data = get_config().data
     batch = next(make_batches(data, 0, 2))
     assert batch_shapes(data, 2) == {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+
+def test_remat_says_level_by_level_what_the_backward_pass_keeps():
+    config, kept = get_config(), []
+    for words in ((), ("none", "cheap"), ("cheap", "cheap"), ("all", "cheap"), ("all", "all")):
+        config.network.remat_levels = words
+        step = make_step(dryrun.outlined(config), config, topology.parse("cpu:1", 1))
+        kept.append(activation_bytes(step))
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept), kept
 
 
 @pytest.mark.devices(2)

@@ -1,6 +1,7 @@
 """The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import kill_run
 import numpy as np
 import pytest
 import toy_run
-from full_disk import no_file_above
+from full_disk import no_file_above, on_small_disk
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -405,3 +406,31 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path):
     assert 20 <= read_metrics(full)[-1]["step"] < 80
     assert run(full, **changes) == 0
     assert digest(full) == digest(whole)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path):
+    """And with space again the same command ends with the same bits."""
+    changes = {"train.steps": 60, "checkpoint.every": 2, "checkpoint.keep": 30}
+    assert run(tmp_path / "whole", **changes) == 0
+    arguments = " ".join(f"--config.{key}={value}" for key, value in changes.items())
+    toy = f"{sys.executable} {toy_run.__file__} --config={toy_run.__file__} {arguments}"
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    said = on_small_disk(
+        disk,
+        "300k",
+        f"""
+        {toy} --workdir="$DISK/run" && exit 2
+        echo "code $?"
+        mount -o remount,size=30m "$DISK"
+        {toy} --workdir="$DISK/run" || exit 3
+    """,
+    )
+    assert said.returncode == 0, said
+    step = re.search(
+        r"\nerror: a checkpoint could not be written .*No space left on device.*of step (\d+),",
+        said.stderr,
+    )
+    assert step and "code 1\n" in said.stdout, said
+    assert f"going on after step {step[1]} of 60" in said.stdout
+    assert digest(tmp_path / "whole") in said.stdout

@@ -123,6 +123,19 @@ def test_a_store_that_is_not_there_is_told_without_a_trace(store, capsys):
     assert "Traceback" not in error
 
 
+def test_an_error_of_a_store_s_library_is_told_without_a_trace(capsys):
+    """Whatever was read there: weights, scenes, an encoder."""
+    errors = pytest.importorskip("gcsfs.retry", reason="the object store's client is not installed")
+
+    def main(argv):
+        raise errors.HttpError({"code": 403, "message": "no access to bucket"})
+
+    assert command.run(main, ["train"], None) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: object store: HttpError: ") and "no access to bucket" in error
+    assert error.count("\n") == 1
+
+
 def test_what_no_store_can_be():
     with pytest.raises(StorageError, match=r"s3://b/run: of object stores only gs://.* mount"):
         place("s3://b/run")

@@ -116,7 +116,7 @@ def dry_run(step: Step, draws: int) -> tuple[Record, str]:
     started = time.perf_counter()
     lowered = step.function.lower(*step.arguments)
     record["lower_s"] = time.perf_counter() - started
-    record["memory"] |= _activations(step)
+    record["memory"]["activations"] = activation_bytes(step)
     started = time.perf_counter()
     limit = chip.memory if chip else None
     try:
@@ -196,7 +196,7 @@ def _state_memory(step: Step) -> Record:
     }
 
 
-def _activations(step: Step) -> Record:
+def activation_bytes(step: Step) -> int:
     """Bytes that are kept for the backward pass of one piece; pieces come one after the other."""
     objective = step.objective
     state, batch, schedule, key = step.arguments
@@ -213,8 +213,7 @@ def _activations(step: Step) -> Record:
         return jax.tree.map(lambda x: x[0], targets.pieces), targets.shared
 
     piece, shared = jax.eval_shape(targets_of, state["teacher"], rows, key, schedule)
-    kept = kept_bytes(objective.loss, state["student"], piece, shared, key, schedule)
-    return {"activations": kept}
+    return kept_bytes(objective.loss, state["student"], piece, shared, key, schedule)
 
 
 def _planned(compiled: Any, known: Mapping[str, Any], limit: float | None) -> Record:

@@ -15,7 +15,7 @@ from point_jax.data.image_augment import IMAGE_SPEC_LIMITS, ImageSpec
 from point_jax.data.image_features import FOLDER, FeatureSpec
 from point_jax.data.views import ViewSpec
 from point_jax.models.image_encoder import NetworkEncoder
-from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
+from point_jax.models.spec import REMAT, PTv3Spec, Rotary, StageSpec
 from point_jax.models.vgg import VGGSpec
 from point_jax.objectives.concerto import Concerto, ConcertoSpec, ImageBranch
 from point_jax.objectives.images import EncodedImages, StoredImages
@@ -42,6 +42,7 @@ _LISTS = ("depths", "channels", "heads")  # with an entry for each level
 
 SECTION_LIMITS = {
     **{name: limits.each(limits.whole(1)) for name in _LISTS},
+    "remat_levels": limits.each(limits.one_of(*REMAT)),
     "patch_size": limits.whole(1),
     "layer_scale": limits.number(0),
     "rotary_base": limits.number(0),
@@ -154,6 +155,10 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
     lists = {name: tuple(network[name]) for name in _LISTS}
     if len({len(values) for values in lists.values()}) != 1:
         raise ValueError(f"{place}depths, channels and heads need one length, got {lists}")
+    remat = tuple(network["remat_levels"])
+    if len(remat) not in (0, len(lists["depths"])):
+        levels = len(lists["depths"])
+        raise ValueError(f"{place}remat_levels has {len(remat)} words for {levels} levels: {remat}")
     dtype = dtype_of(network, place)
     rotary = None
     if network["rotary_base"]:
@@ -177,7 +182,7 @@ def network_spec(network: Mapping[str, Any]) -> PTv3Spec:
             pooling=network["pooling"],
             rotary=rotary,
             dtype=dtype,
-            remat=tuple(network["remat_levels"]) or network["remat"],
+            remat=remat or network["remat"],
         )
 
 

@@ -87,6 +87,8 @@ def _told(job: Job, env: Mapping[str, str]) -> Job:
         number, index = int(str(given["processes"])), int(str(given["process"]))
     except ValueError as error:
         raise ConfigError(f"{said}: processes and process must be whole numbers") from error
+    if number < 1:
+        raise ConfigError(f"{said}: expected 1 process or more")
     if not 0 <= index < number:
         raise ConfigError(f"{said}: expected a process from 0 to {number - 1}")
     address = str(given["coordinator"])
