@@ -79,7 +79,9 @@ def run(checkpoint, tmp_path, capsys, monkeypatch):
     """Runs the command; returns its exit code, stdout and stderr."""
     monkeypatch.setattr(infer, "load", load_once)
 
-    def start(*flags: str, output: str = "out", grid: bool = True) -> tuple[int, str, str]:
+    def start(
+        *flags: str, output: str = "out", grid: bool = True, checkpoint: object = checkpoint
+    ) -> tuple[int, str, str]:
         argv = ["infer", f"--checkpoint={checkpoint}", f"--output={tmp_path / output}", *flags]
         argv += [f"--grid_size={GRID}"] if grid else []
         code = command.run(infer.main, argv, infer.__doc__)
@@ -132,8 +134,8 @@ def test_a_segmentation_tells_the_class_of_every_point(run, scans, tmp_path, che
         tmp_path / "segmentor",
         Weights("segmentor", weights.variant, weights.config, params, source=source),
     )
-    arguments = (f"--checkpoint={tmp_path / 'segmentor'}", "--format=npz,png,html")
-    code, _, _ = run(f"--input={scans / 'a.ply'}", *arguments)
+    given = {"checkpoint": tmp_path / "segmentor"}
+    code, _, _ = run(f"--input={scans / 'a.ply'}", "--format=npz,png,html", **given)
     assert code == 0
     got = arrays(tmp_path / "out" / "a.npz")
     logits = got["features"] @ head["kernel"] + head["bias"]
@@ -338,6 +340,11 @@ def test_an_output_that_cannot_be_made_is_told_before_the_network_is_loaded(run,
     assert code == 1 and error.startswith("error: --output=") and "cannot be made" in error
 
 
+def test_a_checkpoint_that_is_not_there_is_named(run, scans):
+    code, _, error = run(f"--input={scans}", checkpoint="nowhere")
+    assert code == 1 and error == "error: nowhere: no such folder\n"
+
+
 def test_a_misspelt_flag_is_named_though_a_needed_one_is_missing(capsys):
     code = command.run(infer.main, ["infer", "--imput=a", "--checkpoint=b", "--output=c"], "")
     assert code == 1 and "--imput=a; did you mean --input?" in capsys.readouterr().err
@@ -377,7 +384,7 @@ def test_a_bad_file_ends_the_run_or_is_counted(run, scans, tmp_path):
         (("--inputs=coord,smell",), "--inputs is coord,smell"),
         (("--inputs=coord",), "reads 9 channels a point"),
         (("--pattern=*.las",), "no clouds that are called *.las"),
-        (("--checkpoint=nowhere",), "nowhere: no such folder"),
+        (("--checkpoint=nowhere",), "--checkpoint is given twice"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(run, scans, flags, says):
