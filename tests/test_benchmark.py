@@ -68,7 +68,10 @@ def run(tmp_path, capsys, monkeypatch, quick_compilation):
 
         monkeypatch.setattr(runs, "make", make)
         file = tmp_path / "result.json"
-        argv = ["benchmark", "--config=tests/small.py", f"--json={file}", "--repeats=2", *flags]
+        usual = {"--config": "tests/small.py", "--json": file, "--repeats": 2}
+        said = {flag.partition("=")[0] for flag in flags}
+        usual = [f"{name}={value}" for name, value in usual.items() if name not in said]
+        argv = ["benchmark", *usual, *flags]
         code = command.run(benchmark.main, argv, benchmark.__doc__)
         content = json.loads(file.read_text()) if file.exists() else None
         return code, *capsys.readouterr(), content
