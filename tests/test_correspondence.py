@@ -112,6 +112,16 @@ def test_blocks_of_many_small_clusters_are_summed():
     np.testing.assert_allclose(found, [values.sum(0) for values in mine], atol=2e-5)
 
 
+def test_images_side_by_side_have_the_same_sums():
+    """The form of GPUs."""
+    draw, bounds = np.random.default_rng(7), list(BOUNDS.values())
+    x = jnp.asarray(draw.normal(size=(1300, 4)), jnp.float32)
+    order = jnp.asarray([draw.permutation(1300)[:1280] for _ in bounds])
+    found = jax.vmap(sum_by_blocks, (None, 0, 0))(x, order, jnp.asarray(bounds))
+    for sums, *image in zip(found, order, jnp.asarray(bounds), strict=True):
+        np.testing.assert_allclose(sums, sum_blocks(x, *image), atol=1e-5)
+
+
 sum_blocks = jax.jit(sum_by_blocks)
 
 

@@ -87,7 +87,8 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
 
     Without a scatter either way: GPUs would add up in an order that changes from run to run.
     CPUs take a turn of a loop for every point of the largest patch, a hundred or more; accelerators
-    add up blocks of points.
+    add up blocks of points. GPUs take the images side by side, as what costs there is to start
+    kernels; TPUs move windows fast where there is one of them.
 
     Args:
       x: (N, C) float32.
@@ -97,14 +98,18 @@ def patch_sums(x: jax.Array, seen: Sightings) -> jax.Array:
       (I, P, C), zeros for patches that see nothing.
     """
 
-    def of_image(image: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return jax.lax.platform_dependent(x, *image, cpu=_sum_by_turns, default=sum_by_blocks)
+    def one_by_one(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda image: sum_by_blocks(x, *image), (order, first))
 
-    return jax.lax.map(of_image, (seen.order, seen.first))
+    def by_turns(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
+        return jax.lax.map(
+            lambda image: cluster_sum(take_rows(x, image[0]), image[1]), (order, first)
+        )
 
-
-def _sum_by_turns(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
-    return cluster_sum(take_rows(x, order), first)
+    side_by_side = jax.vmap(sum_by_blocks, in_axes=(None, 0, 0))
+    return jax.lax.platform_dependent(
+        *(x, seen.order, seen.first), cpu=by_turns, cuda=side_by_side, default=one_by_one
+    )
 
 
 def sum_by_blocks(x: jax.Array, order: jax.Array, first: jax.Array) -> jax.Array:
@@ -152,13 +157,17 @@ def _patch_sums_fwd(x, seen):
 
 
 def _patch_sums_bwd(patch, g):
-    images, patches, channels = g.shape
+    def of_points(g, patch):
+        return sum(take_rows(g[image], patch[:, image]) for image in range(len(g)))
 
-    def of_block(patch):
-        return sum(take_rows(g[image], patch[:, image]) for image in range(images))
+    def in_blocks(g, patch):  # what is gathered of every image stays small
+        blocks = _in_blocks(patch, g.shape[1])
+        slope = jax.lax.map(lambda block: of_points(g, block), blocks)
+        return slope.reshape(-1, g.shape[2])[: len(patch)]
 
-    blocks = _in_blocks(patch, patches)
-    return jax.lax.map(of_block, blocks).reshape(-1, channels)[: len(patch)], None
+    # A GPU gathers and adds in one kernel.
+    grad = jax.lax.platform_dependent(g, patch, cuda=of_points, default=in_blocks)
+    return grad, None
 
 
 patch_sums.defvjp(_patch_sums_fwd, _patch_sums_bwd)
