@@ -134,7 +134,7 @@ def write_shard(output: Path, name: str, dataset: Dataset, scenes: Sequence[int]
             raise SceneError(f"{error}; data_prep.check lists all such scenes") from error
         arrays = {file.stem: read_array(file) for file in scene_files(folder)}
         try:
-            writer.add(encode_arrays(arrays))
+            writer.add(encode_arrays(folder.name, arrays))
         except (KeyError, TypeError, ValueError) as error:
             dtypes = ", ".join(f"{name} {array.dtype}" for name, array in arrays.items())
             raise SceneError(f"{folder}: cannot be packed ({error}): {dtypes}") from error

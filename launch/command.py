@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ FOR_THE_USER = (
     *(storage.StorageError, FloatingPointError),
 )
 
+INTERRUPTED = 128 + signal.SIGINT  # the exit code
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: nothing can be written there
 
 
@@ -72,19 +74,21 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         usage: what `--help` prints.
 
     Returns:
-        What `main` returned; 0 after `--help`; 1 after an error. From an error it does not come
-        back as one of several processes (`peers.leave`), nor when input hangs.
+        What `main` returned; 0 after `--help`; 1 after an error, 130 after Ctrl-C. From an error it
+        does not come back as one of several processes (`peers.leave`), nor when input hangs.
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)
         return FINISHED
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
+    code = FAILED
     try:
         return main(argv)
     except FOR_THE_USER as error:
         failure, message = error, str(error)
     except KeyboardInterrupt as error:
         failure, message = error, "interrupted before there was anything to save"
+        code = INTERRUPTED
     except Exception as error:
         failure, message = error, f"{type(error).__name__}: {error}"
         if getattr(error, "errno", None) in FULL:
@@ -96,10 +100,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
                 traceback.print_exc()
     message = " ".join(message.split())
     peers.say(message)
-    peers.leave(failure, message, FAILED)
+    peers.leave(failure, message, code)
     if isinstance(failure, HangingInput):
-        peers.end(FAILED)  # the usual end would wait for the thread that hangs
-    return FAILED
+        peers.end(code)  # the usual end would wait for the thread that hangs
+    return code
 
 
 def split_job(argv: Sequence[str]) -> tuple[list[str], mesh.Job]:

@@ -30,7 +30,7 @@ def place(path: str | Path) -> Path:
     if text.startswith("gs:/") and not text.startswith(STORE):
         raise StorageError(f"{text}: expected {STORE}bucket/folder, with two strokes")
     if "://" not in text:
-        return Path(path)
+        return Path(path).expanduser()  # shells leave the ~ of --workdir=~/run to the program
     if not text.startswith(STORE):
         raise StorageError(
             f"{text}: of object stores only {STORE}bucket/folder can be used: Orbax has no way to "
@@ -55,7 +55,7 @@ def local(path: str | Path, what: str) -> Path:
     """
     if "://" in str(path) or str(path).startswith("gs:/"):
         raise StorageError(f"{what}={path}: expected a folder on this machine")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def is_remote(path: Path) -> bool:

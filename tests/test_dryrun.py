@@ -335,6 +335,7 @@ def test_too_much_memory_is_read_from_xla_s_error():
         (["--topology=v5e:4x8", "--slices=0"], "--slices=0: expected 1 or more"),
         (["--topology=v5e:4x8", "--wrong=1"], "not a flag"),
         (["--topology=v5e:4x8", "--topology=v4:2x2x1"], "--topology is given twice"),
+        (["--topology=cpu:100000"], "1024 devices of this machine at most"),
         (
             ["--topology=cpu:1", "--config.network.remat_levels=('all','no')"],
             "network.remat_levels",

@@ -1,5 +1,6 @@
 """The training loop with a toy in the objective's place: kills, signals, bad steps, resuming."""
 
+import itertools
 import os
 import re
 import shutil
@@ -129,18 +130,21 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_leaves(tmp_path, number, code, unbroken, capsys, monkeypatch):
-    """Inside this process: the signal comes while the 6th batch is loaded."""
-    original = toy_run.make_batches
+    """Inside this process: the signal comes while the 6th step begins."""
+    original = toy_run.make_step
 
-    def make_batches(data, seed, scenes, begin, *processes):
-        for batch in original(data, seed, scenes, begin, *processes):
-            if begin == 5:
+    def make_step(*arguments):
+        step, calls = original(*arguments), itertools.count(1)
+
+        def interrupted(*arguments):
+            if next(calls) == 6:
                 os.kill(os.getpid(), number)
                 os.kill(os.getpid(), number)  # as launchers do: to the process, to its group
-            begin += 1
-            yield batch
+            return step(*arguments)
 
-    monkeypatch.setattr(toy_run, "make_batches", make_batches)
+        return interrupted
+
+    monkeypatch.setattr(toy_run, "make_step", make_step)
     handler = signal.getsignal(number)
     assert run(tmp_path, checkpoint__every=100) == code
     assert signal.getsignal(number) is handler
@@ -212,6 +216,56 @@ def test_the_data_goes_on_where_the_checkpoint_was(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"step 4 was saved after 8 scenes, not 4 x 4"):
         run(tmp_path, train__batch=4)
+
+
+def test_a_checkpoint_keeps_its_config_if_config_json_was_lost(tmp_path):
+    with pytest.raises(TrainingStopped):
+        run(tmp_path, data__nan=(5, 12))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"another config \(optim.lr: .* -> 0.1; seed: 0 -> 5\)"):
+        run(tmp_path, data__nan=(5, 12), optim__lr=0.1, seed=5)
+
+
+def test_metrics_that_are_deleted_meanwhile_end_the_run(tmp_path):
+    """Instead of going to a file that nobody sees."""
+    process = start(tmp_path, "--config.train.steps=10000", "--config.data.seconds=0.05")
+    wait_for_step(tmp_path, 1, process)
+    (tmp_path / "metrics.jsonl").unlink()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "metrics.jsonl (it was deleted while the run was writing to it)" in error
+
+
+def test_a_signal_while_input_hangs_saves_the_step_before(tmp_path):
+    process = start(tmp_path, "--config.data.hangs=(0,6)", "--config.checkpoint.every=100")
+    wait_for_step(tmp_path, 5, process)
+    process.terminate()
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 143, error
+    assert "stopped by SIGTERM after step 6 of 12, saved" in out
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["6"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(number, code):
+    """With a code that says whether to start again, as after the first."""
+    code_of_it = (
+        "import time; from point_jax.training.signals import SAME, stop_signals\n"
+        "with stop_signals(lambda text: print(text, flush=True)):\n"
+        "    print(SAME, flush=True); time.sleep(60); time.sleep(60); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code_of_it],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    same = float(process.stdout.readline())
+    process.send_signal(number)
+    assert "once more ends at once" in process.stdout.readline()
+    time.sleep(1.5 * same)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "ended at once, without saving" in error
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -148,7 +148,7 @@ def test_records_keep_every_dtype_and_layout():
     }
     arrays["swapped"] = np.arange(3).astype(">f4")
     arrays["columns"] = np.asfortranarray(arrays["int16"])
-    for name, array in decode_arrays(encode_arrays(arrays)).items():
+    for name, array in decode_arrays(encode_arrays("a", arrays))[1].items():
         assert array.dtype == arrays[name].dtype.newbyteorder("=") and array.flags.writeable
         np.testing.assert_array_equal(array, arrays[name])
 
@@ -293,6 +293,16 @@ def test_files_that_may_not_be_open_are_no_damage(packed, monkeypatch):
 def test_a_store_that_cannot_be_used_is_told(root):
     with pytest.raises(SceneError, match="gs://"):
         PackedDataset(root)
+
+
+def test_a_shard_of_another_packing_is_told_though_it_has_the_same_size(packed):
+    index = json.loads((packed / INDEX).read_text())
+    first, second, *_ = index["splits"]["a"]
+    (packed / first["file"]).write_bytes((packed / second["file"]).read_bytes())
+    first["bytes"] = second["bytes"]
+    (packed / INDEX).write_text(json.dumps(index))
+    with pytest.raises(SceneError, match=f"holds the scene '{second['scenes'][0]}', so shard and"):
+        PackedDataset(packed, "a").load(0)
 
 
 @pytest.mark.parametrize(

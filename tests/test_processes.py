@@ -117,19 +117,26 @@ def test_the_command_line_tells():
         split_job(["train", "--process=0", "--process", "1"])
 
 
-def begin(workdir, *arguments, program=toy_run.__file__, processes=2, late=0.0):
-    """Processes of the toy, or of another program, one device each; the last may come late."""
+def begin(workdir, *arguments, program=toy_run.__file__, processes=2, late=0.0, second=()):
+    """Processes of the toy, or of another program, one device each.
+
+    The last may come late, and have words of its own, which replace those of the same name.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         job = f"--coordinator=localhost:{free.getsockname()[1]}", f"--processes={processes}"
     command = [sys.executable, program, f"--config={toy_run.__file__}"]
-    env = os.environ | {"PYTHONPATH": str(Path(toy_run.__file__).parents[1])}
+    here = Path(toy_run.__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{here.parent}:{here}"}
     children = []
     for i in range(processes):
         time.sleep(late if i == processes - 1 else 0.0)
-        words = [*command, f"--workdir={workdir}", *job, f"--process={i}", *arguments]
+        words = [f"--workdir={workdir}", *job, f"--process={i}", *arguments]
+        if i == processes - 1:
+            own = {word.partition("=")[0] for word in second}
+            words = [*second, *(word for word in words if word.partition("=")[0] not in own)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        children.append(subprocess.Popen(words, **pipes, env=env))
+        children.append(subprocess.Popen([*command, *words], **pipes, env=env))
     return children
 
 
@@ -145,6 +152,37 @@ def ends(children):
         for child in children:
             child.kill()
     return [(child.returncode, *both) for child, both in zip(children, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (
+            ["--config.optim.lr=0.1"],
+            r"another config than process 0 \(optim.lr: .*0.1",
+        ),
+        (["--workdir={other}"], "process 1 does not see there what process 0 has written"),
+    ],
+)
+def test_processes_that_would_not_work_together_are_told_at_the_start(tmp_path, second, said):
+    other = tmp_path / "other"
+    second = [word.format(other=other) for word in second]
+    first, last = together(tmp_path / "run", program=patient_run(tmp_path), second=second)
+    assert (first[0], last[0]) == (1, 1), (first, last)
+    assert re.search(f"error of process 1 of 2 .*: .*{said}", last[2]), last
+    assert re.search(f"process 1 on .* failed: .*{said}", first[2]), first
+    assert not checkpoint.any_saved(tmp_path / "run") and not checkpoint.any_saved(other)
+
+
+def patient_run(tmp_path):
+    """The toy, with less patience for a shared folder."""
+    script = tmp_path / "patient.py"
+    script.write_text(
+        "import sys, toy_run\nfrom launch import command\n"
+        "from point_jax.training import agreement\nagreement.PATIENCE = 2.0\n"
+        "sys.exit(command.run(toy_run.main, sys.argv, None))\n"
+    )
+    return script
 
 
 def test_a_process_that_comes_late_is_waited_for(tmp_path):

@@ -102,6 +102,12 @@ def test_sigterm_between_two_starts_ends_the_keeper(stub):
     assert len(calls.read_text().splitlines()) == 1
 
 
+def test_a_keeper_without_a_command_says_how_it_is_used():
+    for arguments, env in ((), {}), (("true",), {"MAX_RESTARTS": "abc"}):
+        done = bash("keep_running.sh", *arguments, **env)
+        assert done.returncode == 2 and "keep_running.sh COMMAND..." in done.stderr
+
+
 # --- slurm.sh ---
 
 
@@ -160,7 +166,17 @@ def test_tpu_hosts_get_the_arguments_as_they_were_given(stub, tmp_path):
             break
         time.sleep(0.1)
     assert log.read_text().endswith(f"-m launch.train --config=c {sources}\n")
-    assert int((tmp_path / "point_jax" / "keep_running.pid").read_text()) > 0
+    pid = tmp_path / "point_jax" / "keep_running.pid"
+    assert int(pid.read_text()) > 0
+    # While one is going on there is no second one, and nothing is installed over it.
+    pid.write_text(str(os.getpid()))
+    again = subprocess.run(["bash", "-c", command], cwd=tmp_path, text=True, capture_output=True)
+    assert again.returncode == 1 and "a run is going on here; stop it first" in again.stderr
+    stub("gcloud", f'command=${{@: -2:1}}; cd {tmp_path}; bash -c "${{command#--command=}}"')
+    install = bash("tpu_vm.sh", "install", **place)
+    assert install.returncode == 1 and "stop it first" in install.stderr
+    assert pid.exists()
+    calls = stub("gcloud", "")
     assert bash("tpu_vm.sh", "create", SPOT="1", **place).returncode == 0
     assert calls.read_text().splitlines()[-1].endswith("--version=r --spot --zone=z")
     assert bash("tpu_vm.sh", "dance", **place).returncode == 2

@@ -14,6 +14,10 @@ set -u
 
 max=${MAX_RESTARTS:-20}
 pause=${PAUSE:-15}
+if (($# == 0)) || [[ ! $max$pause =~ ^[0-9]+$ ]]; then
+  echo "usage: [MAX_RESTARTS=20] [PAUSE=15] keep_running.sh COMMAND..., both whole numbers" >&2
+  exit 2
+fi
 
 child=
 stopped=

@@ -29,14 +29,16 @@ tpu() {
 
 on_all() { tpu ssh "$name" --worker=all --command="$1"; }
 
-action=${1:?create, install, start, log, stop or delete}
-shift
+action=${1:-}
+[ $# -gt 0 ] && shift
 case $action in
   create)
     tpu create "$name" --accelerator-type="${TYPE:?TYPE= as in v5litepod-32}" \
       --version="${RUNTIME:?RUNTIME= as in v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
     ;;
   install)
+    on_all "! kill -0 \$(cat point_jax/keep_running.pid 2>/dev/null) 2>/dev/null ||
+      { echo 'tpu_vm.sh: a run is going on here; stop it first' >&2; exit 1; }"
     archive=$(mktemp --suffix=.tar.gz)
     trap 'rm -f "$archive"' EXIT
     git -C "$root" archive --format=tar.gz --output="$archive" HEAD
@@ -48,6 +50,10 @@ case $action in
     printf -v arguments ' %q' "$@"
     # setsid: it outlives the connection. keep_running.sh starts it again when a host was lost.
     on_all "cd point_jax || exit 1
+      if kill -0 \$(cat keep_running.pid 2>/dev/null) 2>/dev/null; then
+        echo 'tpu_vm.sh: a run is going on here; stop it first' >&2
+        exit 1
+      fi
       setsid nohup launch/scripts/keep_running.sh ../venv/bin/python -u -m launch.train$arguments \
         >> ../train.log 2>&1 < /dev/null &
       echo \$! > keep_running.pid"
@@ -56,7 +62,7 @@ case $action in
   stop) on_all "kill -TERM \$(cat point_jax/keep_running.pid)" ;;
   delete) tpu delete "$name" ;;
   *)
-    echo "tpu_vm.sh: $action: expected create, install, start, log, stop or delete" >&2
+    echo "tpu_vm.sh: '$action': expected create, install, start, log, stop or delete" >&2
     exit 2
     ;;
 esac

@@ -1,7 +1,8 @@
 """Scenes packed into shards: few large files in place of many small ones, read by index.
 
     packed.json                      units, up, classes; of every split its shards and scenes
-    train-00000.arrayrecord          a record a scene: the arrays of its npy files, as safetensors
+    train-00000.arrayrecord          a record a scene: the arrays of its npy files and its name, as
+                                     safetensors
     train-00000-images.arrayrecord   the frames.npz of its scenes and their image files, as they are
 
 `data_prep.pack` writes them from scene folders, packed.json last: without it nothing is there. The
@@ -33,6 +34,7 @@ from point_jax.data.scenes import UP, Scene, make_scene
 
 INDEX = "packed.json"
 FORMAT, VERSION = "point_jax packed scenes", 1
+NAME = "name of the scene"  # an array of a record: its UTF-8 bytes
 WRITER_OPTIONS = "group_size:1,zstd:3"  # a record is read alone
 
 SHARD_LIMITS = {
@@ -89,14 +91,21 @@ class _Records:
     skip: int = 0
 
 
-def encode_arrays(arrays: dict[str, np.ndarray]) -> bytes:
-    """The record of a scene's arrays; byte order and memory layout become the machine's own."""
+def encode_arrays(scene: str, arrays: dict[str, np.ndarray]) -> bytes:
+    """The record of a scene's arrays; byte order and memory layout become the machine's own.
+
+    The scene's name goes with them, so that a record in the wrong place is noticed.
+    """
+    arrays = arrays | {NAME: np.frombuffer(scene.encode(), np.uint8)}
     plain = {n: np.ascontiguousarray(a, a.dtype.newbyteorder("=")) for n, a in arrays.items()}
     return safetensors.numpy.save(plain)
 
 
-def decode_arrays(record: bytes) -> dict[str, np.ndarray]:
+def decode_arrays(record: bytes) -> tuple[str | None, dict[str, np.ndarray]]:
     """Inverse of `encode_arrays`: arrays with memory of their own.
+
+    Returns:
+        The scene's name, None in records from before they had it; the arrays.
 
     Raises:
         ValueError: arrays of anything but numbers; others of safetensors for what is no record.
@@ -104,7 +113,8 @@ def decode_arrays(record: bytes) -> dict[str, np.ndarray]:
     arrays = {name: np.array(a) for name, a in safetensors.numpy.load(record).items()}
     if strange := [f"{n} {a.dtype}" for n, a in arrays.items() if a.dtype.kind not in "fiub"]:
         raise ValueError(f"{', '.join(strange)}: expected numbers")
-    return arrays
+    scene = arrays.pop(NAME, None)
+    return None if scene is None else scene.tobytes().decode(), arrays
 
 
 def is_packed(root: str | Path) -> bool:
@@ -216,9 +226,14 @@ class PackedDataset:
         what = self.describe(index)
         record = _read(self._scenes, index, what)
         try:
-            arrays = decode_arrays(record)
+            name, arrays = decode_arrays(record)
         except Exception as error:
             raise SceneError(f"{what}: not the arrays of a scene ({error})") from error
+        if name is not None and name != self.names[index]:
+            raise SceneError(
+                f"{what}: holds the scene {name!r}, so shard and {INDEX} are of two packings; copy "
+                "the folder again, or pack again"
+            )
         folder = Path(str(self._root / shard.file)) / self.names[index]
         return make_scene(folder, arrays.get, self.units, self.up, self.segment, self.classes)
 

@@ -23,6 +23,7 @@ from jax.experimental import topologies
 from point_jax.measure.chips import CHIPS, Chip
 
 CPU = "cpu"
+MOST_CPU = 1024  # virtual devices: each has threads of its own
 FORMS = "v5e:4x8, v5p:4x4x4, 2*v5e:16x16, h100:4x8 or cpu:8"
 
 # What XLA asks about a GPU to compile for it: facts of the H100 SXM, compute capability 9.0.
@@ -156,6 +157,8 @@ def parse(text: str, slices: int = 1) -> Topology:
         what = f"{kind}:" + ("x".join("ABC"[:wanted]) if chip.axes else "HOSTSxGPUS")
     if len(shape) != wanted:
         raise ValueError(f"{text!r}: {kind} has {wanted} dimension(s), as in {what}")
+    if chip is None and shape[0] > MOST_CPU:
+        raise ValueError(f"{text!r}: expected {MOST_CPU} devices of this machine at most")
     if slices > 1 and (chip is None or not chip.axes):
         raise ValueError(f"{text!r}: only TPUs have slices")
     return topology

@@ -272,6 +272,16 @@ def _leaves(tree: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Any
             yield f"{place}{key}", value
 
 
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted names of the values in which two nested dicts differ, each with "name: old -> new"."""
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return {
+        key: f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
+    }
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide what a run computes."""
     versions = {"python": platform.python_version()}
@@ -311,20 +321,35 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
     Raises:
         ConfigError: keys that decide what the run computes differ; all are named.
     """
-    file, new = workdir / CONFIG, resolved(config)
+    file = workdir / CONFIG
     if not file.exists():
         return []
     try:
         old = json.loads(file.read_text())
-        before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
-    before = {key: value for key, value in ADDED.items() if key in after} | before
-    changed = {
-        key: f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key, "absent") != after.get(key, "absent")
-    }
+    return compare_contents(config, old, workdir, file, binding=binding)
+
+
+def compare_contents(
+    config: ConfigDict, old: Any, workdir: Path, source: Path, *, binding: bool = True
+) -> list[str]:
+    """As `compare_config`, with what `resolved` gave when the workdir was started.
+
+    Args:
+        config: the config to go on with.
+        old: the JSON value.
+        workdir: the run's folder, for messages.
+        source: where `old` was read, for messages.
+        binding: as for `compare_config`.
+    """
+    new = resolved(config)
+    try:
+        before, after = dict(_leaves(old["config"])), dict(_leaves(new["config"]))
+        versions = dict(old.get("versions", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{source} is not a config this program wrote: {error}") from error
+    changed = differences({k: v for k, v in ADDED.items() if k in after} | before, after)
     grave = [text for key, text in changed.items() if key not in HARMLESS]
     if grave and binding:
         raise ConfigError(
@@ -333,7 +358,7 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
         )
     remarks = [f"config changed, {text}" for text in changed.values()]
     for name, version in new["versions"].items():
-        if binding and (was := old.get("versions", {}).get(name)) != version:
+        if binding and (was := versions.get(name)) != version:
             remarks.append(f"{name} was {was}, is {version}: results may differ in last bits")
     return remarks
 

@@ -16,24 +16,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from point_jax import storage
 from point_jax.storage import Mirror
-from point_jax.training import checkpoint, mesh, metrics, sharding
+from point_jax.training import agreement, checkpoint, mesh, metrics, sharding
 from point_jax.training.config import (
     CONFIG,
     Config,
     ConfigError,
     check_config,
     compare_config,
+    compare_contents,
     resolved,
     settle_config,
 )
 from point_jax.training.progress import progress
 from point_jax.training.schedules import Schedule
-from point_jax.training.signals import stop_signals
+from point_jax.training.signals import StopWaiting, stop_signals
 from point_jax.training.state import HasInit, State, init_state
 from point_jax.training.workdir import PICTURES, TENSORBOARD, TrainingStopped, only_run_in
 
@@ -104,6 +104,7 @@ def train(
     with contextlib.ExitStack() as resources:
         # ---- The run's folder: check before anything expensive, never mix two runs.
         check_config(config)
+        agreement.check_command(config)
         steps, scenes = config.train.steps, config.train.batch
         devices = mesh.data_mesh(config.mesh.fsdp)
         mesh.check_batch(scenes, devices, objective.scenes_per_row)
@@ -112,16 +113,19 @@ def train(
         files = None
         if first:
             files = resources.enter_context(Mirror(workdir, (CONFIG, metrics.FILE)))
-        saved_before, done = checkpoint.any_saved(workdir), None
+        saved_before, done = False, None
         if files is not None:
             resources.enter_context(only_run_in(files.folder))
+            saved_before = checkpoint.any_saved(workdir)
             done = metrics.finished(files.folder)
             for remark in compare_config(config, files.folder, binding=bool(done) or saved_before):
                 say(remark)
             if done:
                 _report(say, workdir, *_result(files.folder, workdir))
-        if _everybody_knows(done is not None):
+        if agreement.everybody_knows(done is not None):
             return FINISHED
+        agreement.check_folder(workdir)
+        saved_before = agreement.everybody_knows(saved_before)
 
         # ---- What the run needs from elsewhere: other weights, a state, scenes.
         write_pictures = measure = None
@@ -149,11 +153,16 @@ def train(
         resources.callback(checkpoints.close)
         found = checkpoints.restore(template, say)
         start = int(found[0]["step"]) if found else 0
-        if found and found[1]["scenes"] != start * scenes:
+        if found and (seen := found[1].get("scenes")) != start * scenes:
             raise checkpoint.CheckpointError(
-                f"the checkpoint of step {start} was saved after {found[1]['scenes']} scenes, "
-                f"not {start} x {scenes}: config.train.batch was another; go on with that one"
+                f"the checkpoint of step {start} was saved after {seen} scenes, not {start} x "
+                f"{scenes}: config.train.batch was another, go on with that one; or the file is "
+                "damaged, delete this checkpoint"
             )
+        if found and files is not None and not (files.folder / CONFIG).exists():
+            source = workdir / checkpoint.FOLDER / str(start)
+            for remark in compare_contents(config, found[1], workdir, source):
+                say(remark)
         with _for_the_user():
             batches = make_batches(
                 config.data, config.seed, scenes, start, jax.process_index(), jax.process_count()
@@ -217,21 +226,25 @@ def train(
         # ---- The steps.
         with stop_signals(say) as stopped_by:
             for number in range(start + 1, steps + 1):
-                told = checkpoints.must_stop(number - 1)
-                if stop := stopped_by() or (signal.SIGTERM if told else None):
-                    save(number - 1)
-                    checkpoints.wait()
-                    say(f"stopped by {signal.Signals(stop).name} after step {number - 1} of "
-                        f"{steps}, saved; the same command goes on from there")  # fmt: skip
-                    return 128 + stop
+                told, batch = checkpoints.must_stop(number - 1), None
                 try:
-                    with clock.waiting_for_data():
-                        batch = next(batches)
+                    if not told and stopped_by() is None:
+                        with clock.waiting_for_data(), stopped_by.waiting():
+                            batch = next(batches)
+                except StopWaiting:  # input may hang for longer than who stops this run waits
+                    batch = None
                 except Exception:
                     if jax.process_count() == 1:  # a save needs all processes
                         save(number - 1)
                         checkpoints.wait()
                     raise
+                if batch is None:
+                    stop = stopped_by() or signal.SIGTERM
+                    save(number - 1)
+                    checkpoints.wait()
+                    say(f"stopped by {signal.Signals(stop).name} after step {number - 1} of "
+                        f"{steps}, saved; the same command goes on from there")  # fmt: skip
+                    return 128 + stop
                 scheduled = schedule(number - 1)
                 state, values = step_function(
                     state,
@@ -295,13 +308,6 @@ def _hopeless(bad: float, number: int, got: Mapping[str, float], workdir: Path) 
         why = f"had a loss or gradient that is not finite (loss {got['loss']})"
         advice = f"look at {workdir / metrics.FILE}; a lower config.optim.lr may help"
     return f"{bad:.0f} steps in a row up to step {number} {why} and were skipped; {advice}"
-
-
-def _everybody_knows(fact: bool) -> bool:
-    """What the first process has found; the folder of its files may be on its machine alone."""
-    if jax.process_count() == 1:
-        return fact
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(fact)))
 
 
 def _result(folder: Path, workdir: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -1,6 +1,7 @@
 """What a run writes down: `metrics.jsonl`, TensorBoard events, and the digest of its parameters."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -68,6 +69,8 @@ class MetricsWriter:
 
     def _line(self, line: Mapping[str, Any]) -> None:
         with self._writing(self._file):
+            if not self._file.exists():  # the open file would take the line, and nobody see it
+                raise OSError(errno.ENOENT, "it was deleted while the run was writing to it")
             self._out.write(json.dumps(line, allow_nan=False) + "\n")
             self._out.flush()
 
@@ -126,12 +129,16 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         MetricsError: a line is not one that a run wrote.
     """
     file = workdir / FILE
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    try:
+        lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    except OSError as error:
+        raise MetricsError(f"{file}: cannot be read ({error.strerror})") from error
     parsed = []
     for number, line in enumerate(lines, 1):
         try:
             parsed.append(json.loads(line))
-            int(parsed[-1]["step"])
+            if not isinstance(parsed[-1]["step"], int):
+                raise TypeError(f"step is {parsed[-1]['step']!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise MetricsError(
                 f"{file}, line {number}: not a line of metrics ({error}); delete the line or move "

@@ -14,8 +14,45 @@ import jax
 SAME = 1.0  # seconds: some launchers send a signal to the process and again to its group
 
 
+class StopWaiting(Exception):
+    """A signal came while the process was waiting for something that it can do without."""
+
+
+class Stops:
+    """The signals that have come."""
+
+    def __init__(self) -> None:
+        self._received: list[int] = []
+        self._waiting = False
+
+    def __call__(self) -> int | None:
+        """The number of the first one, or None."""
+        return self._received[0] if self._received else None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, a signal is raised.
+
+        Raises:
+            StopWaiting: one came.
+        """
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def note(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        del frame
+        self._received.append(number)
+        if self._waiting:
+            self._waiting = False
+            raise StopWaiting
+
+
 @contextlib.contextmanager
-def stop_signals(say: Callable[[str], object]) -> Iterator[Callable[[], int | None]]:
+def stop_signals(say: Callable[[str], object]) -> Iterator[Stops]:
     """Notes SIGTERM and Ctrl-C instead of ending; a second one ends the process at once.
 
     In a job of several processes JAX listens for SIGTERM itself, so that all processes stop after
@@ -25,17 +62,17 @@ def stop_signals(say: Callable[[str], object]) -> Iterator[Callable[[], int | No
         say: takes the answer to the person who pressed Ctrl-C.
 
     Yields:
-        A function that gives the number of the signal that came, or None.
+        What has come; nothing ever in a job of several processes.
     """
+    stops = Stops()
     if jax.process_count() > 1:
         before = signal.getsignal(signal.SIGINT)
         signal.signal(signal.SIGINT, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
         try:
-            yield lambda: None
+            yield stops
         finally:
             signal.signal(signal.SIGINT, before)
         return
-    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # Python runs handlers between its own instructions, so not while XLA compiles for minutes. But
     # it writes the signal's number to this socket at once, and another thread can answer.
@@ -54,15 +91,15 @@ def stop_signals(say: Callable[[str], object]) -> Iterator[Callable[[], int | No
                     "once more ends at once")  # fmt: skip
             elif time.monotonic() - first > SAME:
                 print("error: ended at once, without saving", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(128 + number)
 
     listener = threading.Thread(target=answer, name="stop signals", daemon=True)
     listener.start()
     woken = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
     for number in before:
-        signal.signal(number, lambda number, frame: received.append(number))
+        signal.signal(number, stops.note)
     try:
-        yield lambda: received[0] if received else None
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
