@@ -1,7 +1,9 @@
 """Checkpoints survive what a kill or a bad disk leaves behind, and never load the wrong thing."""
 
 import shutil
-from typing import Any
+import sys
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from full_disk import no_file_above
 
+from point_jax.training import checkpoint
 from point_jax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -179,6 +182,17 @@ def test_an_unreadable_newest_is_reported_and_the_one_before_used(workdir, damag
     assert "cannot read checkpoint" in said[0]
     assert "going on from step 8" in said[1]
     assert steps(workdir) == ["12.unreadable", "4", "8"]
+
+
+def test_reads_that_come_too_late_are_not_heard_of(monkeypatch):
+    """Others are."""
+    heard: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: heard.append(str(found.exc_value)))
+    with checkpoint._late_reads_unheard():
+        for text in ("Event loop is closed", "another"):
+            sys.unraisablehook(cast(Any, SimpleNamespace(exc_value=RuntimeError(text))))
+    sys.unraisablehook(cast(Any, SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))))
+    assert heard == ["another", "Event loop is closed"]
 
 
 def test_the_step_of_an_unreadable_checkpoint_can_be_saved_again(workdir):

@@ -7,6 +7,8 @@ next one. Orbax notices missing and cut files but not changed bytes: checksums a
 """
 
 import contextlib
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from point_jax import storage
 
 Tree = Any  # nested dicts of arrays
 FOLDER = "checkpoints"
+LATE = 0.5  # seconds in which reads end that go on when one has failed
 
 
 class CheckpointError(RuntimeError):
@@ -208,6 +211,28 @@ def _newest(source: Path) -> Path:
     return storage.absolute(steps[-1])
 
 
+@contextlib.contextmanager
+def _late_reads_unheard() -> Iterator[None]:
+    """Keeps traces of TensorStore from stderr, of reads that go on when one has failed.
+
+    Orbax closes their event loop meanwhile, which nobody is there to hear.
+    """
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            before(found)
+
+    before, sys.unraisablehook = sys.unraisablehook, hook
+    try:
+        yield
+    except Exception:
+        time.sleep(LATE)
+        raise
+    finally:
+        sys.unraisablehook = before
+
+
+@_late_reads_unheard()
 def _read(folder: Path, template: Mapping[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
     """Reads the parts of a checkpoint that the template names, and the meta data."""
     handler = ocp.PyTreeCheckpointHandler()
