@@ -157,6 +157,25 @@ def test_a_fusion_that_runs_beside_others_counts_once_and_for_what_it_reads():
     assert sizes["begun"] == sizes["part"] and "ended" not in sizes
 
 
+def test_a_fusion_that_scatters_counts_what_it_changes():
+    """In place, as a loop's body on a GPU."""
+    fused = (
+        "%scattered (q0: f32[1000,128], q1: s32[8,1], q2: f32[8,128]) -> f32[1000,128] {\n"
+        "  %q0 = f32[1000,128]{1,0} parameter(0)\n"
+        "  %q1 = s32[8,1]{1,0} parameter(1)\n"
+        "  %q2 = f32[8,128]{1,0} parameter(2)\n"
+        "  ROOT %set = f32[1000,128]{1,0} scatter(%q0, %q1, %q2), to_apply=%add\n"
+        "}\n\n"
+    )
+    use = (
+        "  %rows = s32[8,1]{1,0} copy(%rows.1)\n"
+        "  %set.1 = f32[1000,128]{1,0} fusion(%b, %rows, %part), kind=kInput, calls=%scattered\n"
+    )
+    text = TEXT.replace("ENTRY", fused + "ENTRY").replace("  ROOT %result", use + "  ROOT %result")
+    (kernel,) = (k for k in cost.count(hlo.parse(text)).kernels if k.name == "set.1")
+    assert kernel.size == 3 * 8 * 128 * 4 + 8 * 4  # old and new values, what is written, where
+
+
 def test_a_search_between_two_bounds_is_no_counter():
     """What its scope says is what it runs, though its bounds start at constants."""
     text = TEXT.replace("while(%loop)", "while(%start)").replace("constant(7)", "constant(2000000)")

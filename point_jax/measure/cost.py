@@ -276,6 +276,8 @@ class _Walk:
                     total += user.shapes[0].stored
                 elif user.opcode == "dynamic-update-slice" and first:
                     continue  # written in place
+                elif user.opcode == "scatter" and first and name not in user.operands[1:]:
+                    total += _stored(_shapes(inner, user.operands[-1]) or given)  # may be added to
                 elif user.opcode in _FUSIONS:
                     deeper = self._module.computations[user.called[0]]
                     places = [i for i, operand in enumerate(user.operands) if operand == name]
@@ -296,6 +298,8 @@ class _Walk:
             root = source
         if root.opcode == "dynamic-update-slice" and _stored(given):
             return _stored(_shapes(inner, root.operands[1]) or given)
+        if root.opcode == "scatter" and _stored(given) and len(given) == 1:
+            return _stored(_shapes(inner, root.operands[-1]) or given)
         if root.opcode == "parameter" and len(given) == 1:
             return 0  # handed through
         return _stored(given)
