@@ -104,9 +104,9 @@ def train(
     with contextlib.ExitStack() as resources:
         # ---- The run's folder: check before anything expensive, never mix two runs.
         check_config(config)
-        agreement.check_command(config)
         steps, scenes = config.train.steps, config.train.batch
         devices = mesh.data_mesh(config.mesh.fsdp)
+        agreement.check_command(config)
         mesh.check_batch(scenes, devices, objective.scenes_per_row)
         first = jax.process_index() == 0
         say = functools.partial(print, flush=True) if first else _ignore
