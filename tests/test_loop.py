@@ -226,6 +226,19 @@ def test_a_checkpoint_keeps_its_config_if_config_json_was_lost(tmp_path):
         run(tmp_path, data__nan=(5, 12), optim__lr=0.1, seed=5)
 
 
+def test_a_start_from_the_beginning_says_that_older_metrics_go(tmp_path, capsys):
+    """As after a kill before the first save, or when somebody has removed the checkpoints."""
+    assert run(tmp_path, checkpoint__every=4) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # not the last: "done"
+    shutil.rmtree(tmp_path / "checkpoints")
+    capsys.readouterr()
+    assert run(tmp_path, checkpoint__every=4) == 0
+    out = capsys.readouterr().out
+    assert "no checkpoint here: metrics.jsonl loses the 12 lines it has" in out
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[-1] == lines[-1]
+
+
 def test_metrics_that_are_deleted_meanwhile_end_the_run(tmp_path):
     """Instead of going to a file that nobody sees."""
     process = start(tmp_path, "--config.train.steps=10000", "--config.data.seconds=0.05")

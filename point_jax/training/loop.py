@@ -187,6 +187,8 @@ def train(
         # ---- What comes out on the way.
         writer = None
         if files is not None:
+            if not found and (before := metrics.read_metrics(files.folder)):
+                say(f"no checkpoint here: {metrics.FILE} loses the {len(before)} lines it has")
             settle_config(config, files.folder)
             writer = metrics.MetricsWriter(files.folder, start)
             resources.callback(writer.close)
