@@ -1,5 +1,6 @@
 """Processes of a job: found or told, one of them writes, each says what ends it."""
 
+import contextlib
 import os
 import re
 import signal
@@ -15,8 +16,8 @@ import toy_run
 from test_checkpoint import cut_file
 
 from launch.command import split_job
-from point_jax.training import checkpoint, mesh, peers
-from point_jax.training.config import ConfigError
+from point_jax.training import agreement, checkpoint, mesh, peers
+from point_jax.training.config import ConfigError, resolved
 from point_jax.training.mesh import Job, start_processes
 from point_jax.training.metrics import finished, read_metrics
 
@@ -172,6 +173,17 @@ def test_processes_that_would_not_work_together_are_told_at_the_start(tmp_path, 
     assert re.search(f"error of process 1 of 2 .*: .*{said}", last[2]), last
     assert re.search(f"process 1 on .* failed: .*{said}", first[2]), first
     assert not checkpoint.any_saved(tmp_path / "run") and not checkpoint.any_saved(other)
+
+
+def test_processes_with_other_packages_are_told_with_another_python_not(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for name, told in (("jax", True), ("python", False)):
+        firsts = resolved(toy_run.get_config())
+        firsts["versions"][name] = "0.1"
+        monkeypatch.setattr(agreement, "_of_first", lambda mine, firsts=firsts: firsts)
+        raises = pytest.raises(ConfigError, match=rf"other packages than process 0 \({name}: 0.1")
+        with raises if told else contextlib.nullcontext():
+            agreement.check_command(toy_run.get_config())
 
 
 def patient_run(tmp_path):

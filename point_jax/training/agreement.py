@@ -39,10 +39,12 @@ def check_command(config: Config) -> None:
         return
     mine = resolved(config)
     firsts = _of_first(mine)
-    for part in mine:
-        if changed := differences(firsts[part], mine[part]):
+    for part, what in (("config", "another config"), ("versions", "other packages")):
+        changed = differences(firsts[part], mine[part])
+        changed.pop("python", None)  # its patches change no number
+        if changed:
             raise ConfigError(
-                f"process {jax.process_index()} has another {part} than process 0 "
+                f"process {jax.process_index()} has {what} than process 0 "
                 f"({'; '.join(changed.values())}); all processes of a job need the same command "
                 "and the same packages"
             )
