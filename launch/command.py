@@ -94,7 +94,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         if getattr(error, "errno", None) in FULL:
             message = str(error)
         elif storage.of_store(error):
-            message = f"object store: {message}; look at its name and your credentials"
+            message = f"object store: {message}; {storage.ADVICE}"
         else:  # a fault of the program: the way to it helps whoever mends it
             with contextlib.suppress(OSError, ValueError):  # a log on a full disk
                 traceback.print_exc()

@@ -14,6 +14,7 @@ from typing import Any, cast
 from etils import epath
 
 STORE = "gs://"
+ADVICE = "look at its name and your credentials"
 
 
 class StorageError(OSError):
@@ -146,5 +147,5 @@ class Mirror:
 
 def _unusable(workdir: Path, error: Any) -> StorageError:
     missing = isinstance(error, ImportError) or "gcsfs" in str(error)
-    advice = "pip install 'point_jax[gcs]'" if missing else "look at its name and your credentials"
+    advice = "pip install 'point_jax[gcs]'" if missing else ADVICE
     return StorageError(f"{workdir} cannot be used ({type(error).__name__}: {error}); {advice}")

@@ -38,12 +38,13 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/point
 # JAX takes this share of a GPU's memory, 0.75 if it is not told.
 export XLA_CLIENT_MEM_FRACTION=${XLA_CLIENT_MEM_FRACTION:-0.92}
 
+# srun does not take --cpus-per-task over by itself, from SLURM 22.05 on.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
 # JAX finds the other processes from SLURM's variables, which only `srun` sets. --kill-on-bad-exit:
 # when a process dies the others are ended at once, not after a minute of waiting for it. They end by
 # a signal then, and srun with its number (143, 137), whatever the first one's error was: that is in
 # its messages ("srun: error: node7: task 3: Exited with exit code 1").
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # from SLURM 22.05 on srun does not take it over
-
 messages=$(mktemp)
 trap 'rm -f "$messages"' EXIT
 {

@@ -29,6 +29,12 @@ tpu() {
 
 on_all() { tpu ssh "$name" --worker=all --command="$1"; }
 
+# For a host: the end of a command line where a run is going on.
+if_none_runs="if kill -0 \$(cat point_jax/keep_running.pid 2>/dev/null) 2>/dev/null; then
+  echo 'tpu_vm.sh: a run is going on here; stop it first' >&2
+  exit 1
+fi"
+
 action=${1:-}
 [ $# -gt 0 ] && shift
 case $action in
@@ -37,8 +43,7 @@ case $action in
       --version="${RUNTIME:?RUNTIME= as in v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
     ;;
   install)
-    on_all "! kill -0 \$(cat point_jax/keep_running.pid 2>/dev/null) 2>/dev/null ||
-      { echo 'tpu_vm.sh: a run is going on here; stop it first' >&2; exit 1; }"
+    on_all "$if_none_runs"
     archive=$(mktemp --suffix=.tar.gz)
     trap 'rm -f "$archive"' EXIT
     git -C "$root" archive --format=tar.gz --output="$archive" HEAD
@@ -49,11 +54,8 @@ case $action in
   start)
     printf -v arguments ' %q' "$@"
     # setsid: it outlives the connection. keep_running.sh starts it again when a host was lost.
-    on_all "cd point_jax || exit 1
-      if kill -0 \$(cat keep_running.pid 2>/dev/null) 2>/dev/null; then
-        echo 'tpu_vm.sh: a run is going on here; stop it first' >&2
-        exit 1
-      fi
+    on_all "$if_none_runs
+      cd point_jax || exit 1
       setsid nohup launch/scripts/keep_running.sh ../venv/bin/python -u -m launch.train$arguments \
         >> ../train.log 2>&1 < /dev/null &
       echo \$! > keep_running.pid"
