@@ -1,9 +1,10 @@
-"""Folders on this machine and in Google's object store, `gs://bucket/folder`, by the same methods.
+"""Folders on this machine and in object stores, gs:// and s3://bucket/folder, by the same methods.
 
-Orbax writes and reads checkpoints in both. Files that grow, metrics and events of TensorBoard,
+Orbax writes and reads checkpoints in all. Files that grow, metrics and events of TensorBoard,
 cannot lie in an object store: a run has them in a local folder and sends them up (`Mirror`).
 """
 
+import functools
 import shutil
 import sys
 import tempfile
@@ -12,8 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from etils import epath
+from fsspec.config import conf
+from fsspec.core import url_to_fs
 
-STORE = "gs://"
+from point_jax.orbax_s3 import S3, UnknownOrbaxError, teach_orbax
+
+STORES = {"gs://": "gcs", S3: "s3"}  # the extra of this package that has its library
+LIBRARIES = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp")
 ADVICE = "look at its name and your credentials"
 
 
@@ -28,19 +34,35 @@ def place(path: str | Path) -> Path:
         StorageError: an object store that checkpoints cannot be in.
     """
     text = str(path)
-    if text.startswith("gs:/") and not text.startswith(STORE):
-        raise StorageError(f"{text}: expected {STORE}bucket/folder, with two strokes")
+    scheme, _, rest = text.partition(":/")
+    if f"{scheme}://" in STORES and not rest.strip("/"):
+        raise StorageError(f"{text}: expected {scheme}://bucket/folder, with a bucket")
+    if f"{scheme}://" in STORES and not rest.startswith("/"):
+        raise StorageError(f"{text}: expected {scheme}://bucket/folder, with two strokes")
     if "://" not in text:
         return Path(path).expanduser()  # shells leave the ~ of --workdir=~/run to the program
-    if not text.startswith(STORE):
+    if not is_remote(path):
         raise StorageError(
-            f"{text}: of object stores only {STORE}bucket/folder can be used: Orbax has no way to "
-            "write checkpoints to others; mount the bucket (s3fs-fuse does it for S3) and give the "
-            "folder"
+            f"{text}: of object stores only gs://bucket/folder and s3://bucket/folder can be used; "
+            "mount the bucket and give the folder"
         )
-    if not text.removeprefix(STORE).strip("/"):
-        raise StorageError(f"{text}: expected {STORE}bucket/folder, with a bucket")
+    _always_list()
+    if text.startswith(S3):
+        try:
+            teach_orbax()
+        except UnknownOrbaxError as error:
+            raise StorageError(f"{text}: {error}") from error
     return cast(Path, epath.Path(text))
+
+
+@functools.cache
+def _always_list() -> None:
+    """Has fsspec ask a store what is there, each time.
+
+    It remembers what it has seen, but TensorStore and other processes write and delete as well.
+    """
+    for scheme in ("gs", "gcs", "s3"):
+        conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
 
 
 def absolute(path: Path) -> Path:
@@ -54,19 +76,36 @@ def local(path: str | Path, what: str) -> Path:
     Raises:
         StorageError: it is in an object store.
     """
-    if "://" in str(path) or str(path).startswith("gs:/"):
+    if "://" in str(path) or str(path).startswith(tuple(store[:-1] for store in STORES)):
         raise StorageError(f"{what}={path}: expected a folder on this machine")
     return Path(path).expanduser()
 
 
-def is_remote(path: Path) -> bool:
+def is_remote(path: str | Path) -> bool:
     """Whether a path is in an object store."""
-    return str(path).startswith(STORE)
+    return str(path).startswith(tuple(STORES))
+
+
+def move(folder: Path, target: Path) -> None:
+    """Renames a folder; in an object store its files are copied within the store, then deleted.
+
+    Raises:
+        OSError: it cannot be; and what the stores' libraries raise.
+    """
+    if not is_remote(folder):
+        folder.rename(target)
+        return
+    # etils' rename takes each folder for a file of its own, of which there is none.
+    store, source = url_to_fs(str(folder))
+    files = store.find(source)
+    names = [file.removeprefix(source) for file in files]
+    store.copy(files, [f"{target}{name}" for name in names])
+    store.rm(source, recursive=True)
 
 
 def of_store(error: BaseException) -> bool:
     """Whether an error is of the libraries that reach object stores; they have no common kind."""
-    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google")
+    return type(error).__module__.partition(".")[0] in LIBRARIES
 
 
 class Mirror:
@@ -95,10 +134,14 @@ class Mirror:
             return
         self.folder = Path(tempfile.mkdtemp(prefix="point_jax_run."))
         try:
+            bucket = str(workdir).removeprefix(S3).partition("/")[0]
+            if str(workdir).startswith(S3) and not epath.Path(S3 + bucket).exists():
+                # s3fs would make one for the first file: of a name that is a slip, too.
+                raise FileNotFoundError(f"no bucket {bucket} can be reached")
             for name in wanted:
                 if (workdir / name).exists():
                     (self.folder / name).write_bytes((workdir / name).read_bytes())
-        except Exception as error:  # what gcsfs raises has no common kind
+        except Exception as error:  # what these libraries raise has no common kind
             shutil.rmtree(self.folder)
             raise _unusable(workdir, error) from error
 
@@ -145,7 +188,8 @@ class Mirror:
             raise _unusable(self._workdir, error) from error
 
 
-def _unusable(workdir: Path, error: Any) -> StorageError:
-    missing = isinstance(error, ImportError) or "gcsfs" in str(error)
-    advice = "pip install 'point_jax[gcs]'" if missing else ADVICE
+def _unusable(workdir: Path, error: Exception) -> StorageError:
+    extra = next(extra for store, extra in STORES.items() if str(workdir).startswith(store))
+    missing = isinstance(error, ImportError) or f"{extra}fs" in str(error)
+    advice = f"pip install 'point_jax[{extra}]'" if missing else ADVICE
     return StorageError(f"{workdir} cannot be used ({type(error).__name__}: {error}); {advice}")

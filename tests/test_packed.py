@@ -289,9 +289,11 @@ def test_files_that_may_not_be_open_are_no_damage(packed, monkeypatch):
         PackedDataset(packed, SPLITS)
 
 
-@pytest.mark.parametrize("root", ["gs:/bucket/x", "s3://bucket/x"])
-def test_a_store_that_cannot_be_used_is_told(root):
-    with pytest.raises(SceneError, match="gs://"):
+@pytest.mark.parametrize(
+    ("root", "told"), [("gs:/bucket/x", "gs://"), ("s3://bucket/x", "mount"), ("az://b/x", "gs://")]
+)
+def test_a_store_that_cannot_be_used_is_told(root, told):
+    with pytest.raises(SceneError, match=told):
         PackedDataset(root)
 
 

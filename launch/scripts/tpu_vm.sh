@@ -12,8 +12,8 @@
 #
 # TYPE and RUNTIME belong together: v5litepod-* v2-alpha-tpuv5-lite, v5p-* v2-alpha-tpuv5,
 # v6e-* v2-alpha-tpuv6e, v4-* tpu-ubuntu2204-base. SPOT=1 asks for a slice that may be taken away.
-# --workdir must be a file system that all hosts see (Filestore, NFS); scenes may lie in gs://, see
-# docs/data.md. A slice that was taken away and created anew: install and start again, the run goes
+# --workdir must be a folder that all hosts see (Filestore, NFS) or gs://bucket/folder, as scenes, see
+# docs/scaling.md. A slice that was taken away and created anew: install and start again, the run goes
 # on.
 set -eu
 
@@ -49,7 +49,7 @@ case $action in
     git -C "$root" archive --format=tar.gz --output="$archive" HEAD
     tpu scp "$archive" "$name:point_jax.tar.gz" --worker=all
     on_all "rm -rf point_jax && mkdir point_jax && tar -xzf point_jax.tar.gz -C point_jax &&
-      python3 -m venv venv && venv/bin/pip install -q -e 'point_jax[tpu]'"
+      python3 -m venv venv && venv/bin/pip install -q -e 'point_jax[tpu,gcs]'"
     ;;
   start)
     printf -v arguments ' %q' "$@"

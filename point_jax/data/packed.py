@@ -127,6 +127,11 @@ def is_packed(root: str | Path) -> bool:
 
 
 def _folder(root: str | Path) -> epath.Path:
+    if str(root).startswith(storage.S3):
+        raise SceneError(
+            f"{root}: ArrayRecord cannot read from S3; mount the bucket (mountpoint-s3, s3fs) and "
+            "give the folder"
+        )
     try:
         return epath.Path(str(storage.place(root)))
     except storage.StorageError as error:

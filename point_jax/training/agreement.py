@@ -69,7 +69,7 @@ def check_folder(workdir: Path) -> None:
             raise ConfigError(
                 f"--workdir={workdir}: process {jax.process_index()} does not see there what "
                 "process 0 has written; all processes need a folder on a disk that they share, or "
-                "one in gs://"
+                "one in an object store"
             )
         time.sleep(0.2)
     everybody_knows(True)  # here all have seen it

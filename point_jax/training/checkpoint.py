@@ -298,7 +298,7 @@ def _set_aside(folder: Path) -> Path:
     while target.exists():
         number, target = number + 1, folder.with_name(f"{folder.name}.unreadable{number}")
     if jax.process_index() == 0:
-        folder.rename(target)
+        storage.move(folder, target)
     multihost_utils.sync_global_devices(f"set aside {folder.name}")
     return target
 

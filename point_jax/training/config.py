@@ -306,12 +306,15 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
         raise ConfigError(f"the config cannot be written as JSON: {error}") from error
 
 
-def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -> list[str]:
+def compare_config(
+    config: ConfigDict, workdir: Path, folder: Path | None = None, *, binding: bool = True
+) -> list[str]:
     """Compares the config with the one the workdir was started with.
 
     Args:
         config: the config to go on with.
-        workdir: may have a `config.json`.
+        workdir: the run's folder.
+        folder: may have its `config.json`; None: the same.
         binding: whether there is anything to go on from: a checkpoint, a result. If not, all keys
             may change.
 
@@ -321,14 +324,14 @@ def compare_config(config: ConfigDict, workdir: Path, *, binding: bool = True) -
     Raises:
         ConfigError: keys that decide what the run computes differ; all are named.
     """
-    file = workdir / CONFIG
+    file, source = (folder or workdir) / CONFIG, workdir / CONFIG
     if not file.exists():
         return []
     try:
         old = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} is not a config this program wrote: {error}") from error
-    return compare_contents(config, old, workdir, file, binding=binding)
+        raise ConfigError(f"{source} is not a config this program wrote: {error}") from error
+    return compare_contents(config, old, workdir, source, binding=binding)
 
 
 def compare_contents(

@@ -118,7 +118,8 @@ def train(
             resources.enter_context(only_run_in(files.folder))
             saved_before = checkpoint.any_saved(workdir)
             done = metrics.finished(files.folder)
-            for remark in compare_config(config, files.folder, binding=bool(done) or saved_before):
+            binding = bool(done) or saved_before
+            for remark in compare_config(config, workdir, files.folder, binding=binding):
                 say(remark)
             if done:
                 _report(say, workdir, *_result(files.folder, workdir))
