@@ -6,13 +6,13 @@ Units and up are needed where ROOT has no dataset.json. ROOT may be what data_pr
 code 0 when all scenes can be used.
 """
 
-import argparse
 from collections import Counter
 
 import numpy as np
 from rich.progress import Progress
 
 from data_prep.progress import counted
+from point_jax import flags
 from point_jax.data.images import Images, Size
 from point_jax.data.packed import PackedDataset, is_packed
 from point_jax.data.scenes import Dataset, SceneError
@@ -68,7 +68,7 @@ def check(dataset: Dataset | PackedDataset, progress: Progress) -> tuple[str, li
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m data_prep.check", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("root", help="folder with <split>/<scene>/coord.npy")

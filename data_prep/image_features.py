@@ -7,7 +7,6 @@ them. --height and --width count patches of the encoder. Images are cropped and 
 does. The same command again goes on where it stopped.
 """
 
-import argparse
 import itertools
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data_prep.progress import counted
+from point_jax import flags
 from point_jax.data.image_features import FeatureSpec, ImageFeatures
 from point_jax.data.scenes import Dataset, SceneError
 from point_jax.interop.files import read_json
@@ -126,7 +126,7 @@ def encode_images(
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m data_prep.image_features", description=(__doc__ or "").split("\n\n")[0]
     )
     add = parser.add_argument

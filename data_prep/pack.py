@@ -28,6 +28,7 @@ from rich.progress import Progress
 
 from data_prep.check import check_images
 from data_prep.progress import counted
+from point_jax import flags
 from point_jax.data.checks import SceneError, read_array
 from point_jax.data.packed import (
     FORMAT,
@@ -308,7 +309,7 @@ def _pack(
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m data_prep.pack",
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -23,6 +23,7 @@ from data_prep.cameras import backproject, clean_depth, hidden, sample_color
 from data_prep.fuse import finish_cloud, voxel_codes, voxel_mean
 from data_prep.images import read_archive, read_color, read_depth
 from data_prep.progress import counted
+from point_jax import flags
 from point_jax.data.cameras import pixel_of, project, sees, transform
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.scenes import Scene, SceneError, write_dataset_json, write_scene
@@ -266,7 +267,7 @@ def convert(
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m data_prep.rgbd",
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

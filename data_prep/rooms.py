@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from data_prep.images import read_archive, read_color, read_depth
 from data_prep.progress import counted
+from point_jax import flags
 from point_jax.data.cameras import sees, transform
 from point_jax.data.frames import Frames, write_frames
 from point_jax.data.scenes import Scene, SceneError, write_dataset_json, write_scene
@@ -79,7 +80,7 @@ def read_room(folder: Path) -> tuple[Scene, Frames]:
 
 def main() -> None:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = flags.Parser(
         prog="python -m data_prep.rooms",
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

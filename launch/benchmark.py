@@ -65,7 +65,7 @@ POINTS = (20_000, 50_000, 100_000)
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line: own flags, and those of the config."""
-    parser = command.Parser("launch.benchmark", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.benchmark", add_help=False)
     add = parser.add_argument
     add("--what", choices=KINDS, default="forward")
     add("--points", type=_points)

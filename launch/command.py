@@ -1,6 +1,5 @@
 """How every command ends: an exit code, and for errors one line on stderr."""
 
-import argparse
 import contextlib
 import errno
 import logging
@@ -9,11 +8,11 @@ import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 
-from point_jax import storage
+from point_jax import flags, storage
 from point_jax.data.patience import HangingInput
 from point_jax.data.scenes import SceneError
 from point_jax.training import mesh, peers
@@ -31,34 +30,8 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # of an OSError: nothing can be written there
 
 
-class _Once(argparse.Action):
-    """Keeps a flag's value; given twice, the flag is an error."""
-
-    seen = False
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        if self.seen:
-            parser.error(f"{option_string} is given twice")
-        self.seen = True
-        setattr(namespace, self.dest, values)
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises a ConfigError where argparse would print its usage and leave, or take the last value.
-
-    A command uses one for one command line.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As of `argparse.ArgumentParser`."""
-        super().__init__(*args, **kwargs)
-        self.register("action", None, _Once)
+class Parser(flags.Parser):
+    """Raises a ConfigError where argparse would print its usage and leave."""
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for whatever is wrong with the command line."""
@@ -115,7 +88,7 @@ def split_job(argv: Sequence[str]) -> tuple[list[str], mesh.Job]:
     Raises:
         ConfigError: a value that cannot be one.
     """
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       ConfigError: a flag that does not exist, or a missing one.
     """
-    parser = command.Parser("launch.convert", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.convert", add_help=False)
     parser.add_argument("--input", required=True, type=storage.place)
     parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))
     parser.add_argument("--to", choices=FORMATS)

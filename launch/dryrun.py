@@ -40,7 +40,7 @@ FITS, DOES_NOT_FIT = 0, 3
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command line: own flags, and those of the config."""
-    parser = command.Parser("launch.dryrun", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.dryrun", add_help=False)
     add = parser.add_argument
     add("--topology", required=True)
     add("--slices", type=int, default=1)

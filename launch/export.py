@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       ConfigError: a flag that does not exist, a missing one, or a value that cannot be.
     """
-    parser = command.Parser("launch.export", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.export", add_help=False)
     parser.add_argument("--checkpoint", required=True, type=storage.place)
     parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))
     parser.add_argument("--buckets", default="16384,65536")

@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Options:
         ConfigError: a flag that does not exist (with the nearest name), a missing one, or a value
             that cannot be.
     """
-    parser = command.Parser("launch.infer", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.infer", add_help=False)
     add = parser.add_argument
     for flag in NEEDED:
         add(f"--{flag}", type=Path)

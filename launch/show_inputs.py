@@ -134,7 +134,7 @@ def parse(argv: Sequence[str], commands: Sequence[str]) -> Options:
         ConfigError: a flag that does not exist or does not belong to the command, a missing one,
             or a value that cannot be.
     """
-    parser = command.Parser("launch.show", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.show", add_help=False)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--input", action="append", required=True, type=Path)
     parser.add_argument("--output", required=True, type=partial(storage.local, what="--output"))

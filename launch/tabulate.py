@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Raises:
       ConfigError: a flag that does not exist, or no path.
     """
-    parser = command.Parser("launch.tabulate", add_help=False, allow_abbrev=False)
+    parser = command.Parser("launch.tabulate", add_help=False)
     parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--output", type=partial(storage.local, what="--output"))
     parser.add_argument("--json", type=partial(storage.local, what="--json"))

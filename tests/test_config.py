@@ -96,7 +96,7 @@ def test_a_missing_or_failing_file_is_named(tmp_path, file):
 def test_a_flag_given_twice_is_named(file, flag):
     """ml_collections would join two tuples to one of four."""
     name = flag.split("=")[0]
-    with pytest.raises(ConfigError, match=f"^{name} is given 2 times; give it once"):
+    with pytest.raises(ConfigError, match=f"^{name} is given twice"):
         parse_command_line(["train", f"--config={file}", flag, flag])
 
 

@@ -171,7 +171,7 @@ def parse_command_line(argv: Sequence[str]) -> tuple[Config, str]:
     names = [arg.split("=", 1)[0].lstrip("-") for arg in argv[1:] if arg.startswith("-")]
     for name in names:
         if names.count(name) > 1:  # ml_collections would join two tuples
-            raise ConfigError(f"--{name} is given {names.count(name)} times; give it once")
+            raise ConfigError(f"--{name} is given twice")
     overrides = [arg for arg in argv[1:] if re.match(r"--?(no)?config\.", arg)]
     plain = [arg for arg in argv if arg not in overrides]
     config = _parse_flags(plain)[0]
