@@ -18,7 +18,7 @@ from point_jax.data.scenes import SceneError
 from point_jax.training import mesh, peers
 from point_jax.training.checkpoint import CheckpointError
 from point_jax.training.config import Config, ConfigError, check_config, parse_command_line
-from point_jax.training.loop import FAILED, FINISHED, TrainingStopped
+from point_jax.training.loop import FAILED, FINISHED, LOST, TrainingStopped
 from point_jax.training.metrics import MetricsError
 
 FOR_THE_USER = (
@@ -47,18 +47,21 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         usage: what `--help` prints.
 
     Returns:
-        What `main` returned; 0 after `--help`; 1 after an error, 130 after Ctrl-C. From an error it
+        What `main` returned; 0 after `--help`; 1 after an error, 130 after Ctrl-C, 200 when an
+        object store went away. From an error it
         does not come back as one of several processes (`peers.leave`), nor when input hangs.
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)
         return FINISHED
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates, and raises as well
     code = FAILED
     try:
         return main(argv)
     except FOR_THE_USER as error:
         failure, message = error, str(error)
+        if isinstance(error, storage.LostError):
+            code = LOST
     except KeyboardInterrupt as error:
         failure, message = error, "interrupted before there was anything to save"
         code = INTERRUPTED
@@ -67,7 +70,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
         if getattr(error, "errno", None) in FULL:
             message = str(error)
         elif storage.of_store(error):
-            message = f"object store: {message}; {storage.ADVICE}"
+            message = f"object store: {storage.told(error)}"
         else:  # a fault of the program: the way to it helps whoever mends it
             with contextlib.suppress(OSError, ValueError):  # a log on a full disk
                 traceback.print_exc()

@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launch import command
+from point_jax import storage
 from point_jax.data.arrays import ReadOptions
 from point_jax.data.checks import UNITS
 from point_jax.data.readers import KIND, find_clouds
@@ -66,8 +68,9 @@ def parse(argv: Sequence[str]) -> Options:
     """
     parser = command.Parser("launch.infer", add_help=False)
     add = parser.add_argument
-    for flag in NEEDED:
-        add(f"--{flag}", type=Path)
+    add("--checkpoint", type=storage.place)
+    add("--input", type=Path)
+    add("--output", type=partial(storage.local, what="--output"))
     add("--format", default="npz")
     add("--up_cast", type=int)
     add("--tree", choices=("teacher", "student"), default="teacher")
@@ -164,6 +167,8 @@ class Record:
             for key, value in vars(given).items()
             if key not in HARMLESS
         }
+        if storage.is_remote(given.checkpoint):
+            self.settings["checkpoint"] = str(given.checkpoint)
         self.settings["radius"] = str(given.radius)  # JSON has no infinity
         self.inputs: dict[str, str] = {}
         self.weights = ""

@@ -1,4 +1,4 @@
-"""A command's flags: whole names, each given once."""
+"""A command's flags: whole names, each value given once."""
 
 import argparse
 from typing import Any

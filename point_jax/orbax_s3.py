@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+import fsspec
+
 S3 = "s3://"
 
 
@@ -44,7 +46,9 @@ def teach_orbax() -> None:
         return path.as_posix().startswith(S3) or is_google(path)
 
     def driver(path: str) -> dict[str, Any]:
-        return s3_driver(path, os.environ) if path.startswith(S3) else google_driver(path)
+        if not path.startswith(S3):
+            return google_driver(path)
+        return s3_driver(path, os.environ, _endpoint())
 
     def has_store_driver(folder: str) -> bool:
         return folder.startswith(S3) or has_driver(folder)
@@ -59,21 +63,26 @@ def teach_orbax() -> None:
     tensorstore_utils._normalize_path = normal_address
 
 
-def s3_driver(path: str, environment: Mapping[str, str]) -> dict[str, Any]:
+def s3_driver(path: str, environment: Mapping[str, str], endpoint: str) -> dict[str, Any]:
     """TensorStore's specification of a store of keys under an address, s3://bucket/folder.
 
-    TensorStore itself finds credentials and region as Amazon's own tools do, but not the endpoint
-    of other makers' stores; s3fs and boto take that from the environment as well.
+    Args:
+        path: the address.
+        environment: the process's.
+        endpoint: where s3fs, by which all else is read and written, looks for the store.
     """
     bucket, _, folder = path.removeprefix(S3).partition("/")
-    spec = {"driver": "s3", "bucket": bucket, "path": folder}
-    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
-    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
-    if endpoint:
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": folder}
+    if ".amazonaws.com" not in endpoint:  # TensorStore finds the region of Amazon's buckets
+        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-    elif region:
-        spec |= {"aws_region": region}
     if environment.get("AWS_ACCESS_KEY_ID"):
-        # Else it looks for files first, and complains of their absence on stderr.
-        spec |= {"aws_credentials": {"type": "environment"}}
-    return spec
+        return spec | {"aws_credentials": {"type": "environment"}}
+    # Without a profile's name it does not find the files (0.1.86); roles come after them.
+    profile = environment.get("AWS_PROFILE") or "default"
+    return spec | {"aws_credentials": {"type": "default", "profile": profile}}
+
+
+def _endpoint() -> str:
+    client: Any = fsspec.filesystem("s3").s3
+    return client.meta.endpoint_url

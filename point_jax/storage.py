@@ -4,7 +4,6 @@ Orbax writes and reads checkpoints in all. Files that grow, metrics and events o
 cannot lie in an object store: a run has them in a local folder and sends them up (`Mirror`).
 """
 
-import functools
 import shutil
 import sys
 import tempfile
@@ -19,12 +18,17 @@ from fsspec.core import url_to_fs
 from point_jax.orbax_s3 import S3, UnknownOrbaxError, teach_orbax
 
 STORES = {"gs://": "gcs", S3: "s3"}  # the extra of this package that has its library
-LIBRARIES = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp")
-ADVICE = "look at its name and your credentials"
+LIBRARIES = ("fsspec", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp")
+PROBE = ".point_jax_can_write"
+GLOBS = "*?[]"  # fsspec would delete all folders that match
 
 
 class StorageError(OSError):
     """An object store that cannot be used, and why."""
+
+
+class LostError(StorageError):
+    """An object store that could be used and cannot any more."""
 
 
 def place(path: str | Path) -> Path:
@@ -35,10 +39,14 @@ def place(path: str | Path) -> Path:
     """
     text = str(path)
     scheme, _, rest = text.partition(":/")
-    if f"{scheme}://" in STORES and not rest.strip("/"):
-        raise StorageError(f"{text}: expected {scheme}://bucket/folder, with a bucket")
-    if f"{scheme}://" in STORES and not rest.startswith("/"):
-        raise StorageError(f"{text}: expected {scheme}://bucket/folder, with two strokes")
+    if f"{scheme}://" in STORES:
+        form, names = f"expected {scheme}://bucket/folder", rest.split("/")
+        if not rest.strip("/"):
+            raise StorageError(f"{text}: {form}, with a bucket")
+        if names[0] or not names[1]:
+            raise StorageError(f"{text}: {form}, with two strokes")
+        if set(GLOBS) & set(rest) or {".", ".."} & set(names):
+            raise StorageError(f"{text}: {form}, with none of {' '.join(GLOBS)} and no . or ..")
     if "://" not in text:
         return Path(path).expanduser()  # shells leave the ~ of --workdir=~/run to the program
     if not is_remote(path):
@@ -55,7 +63,6 @@ def place(path: str | Path) -> Path:
     return cast(Path, epath.Path(text))
 
 
-@functools.cache
 def _always_list() -> None:
     """Has fsspec ask a store what is there, each time.
 
@@ -97,15 +104,30 @@ def move(folder: Path, target: Path) -> None:
         return
     # etils' rename takes each folder for a file of its own, of which there is none.
     store, source = url_to_fs(str(folder))
-    files = store.find(source)
-    names = [file.removeprefix(source) for file in files]
-    store.copy(files, [f"{target}{name}" for name in names])
+    files = [file for file in store.find(source) if not file.endswith("/")]  # no marks of folders
+    store.copy(files, [f"{target}{file.removeprefix(source)}" for file in files])
     store.rm(source, recursive=True)
 
 
 def of_store(error: BaseException) -> bool:
-    """Whether an error is of the libraries that reach object stores; they have no common kind."""
-    return type(error).__module__.partition(".")[0] in LIBRARIES
+    """Whether an error comes from the libraries that reach object stores.
+
+    They have no common kind, and make some of theirs into Python's own.
+    """
+    trace, modules = error.__traceback__, [type(error).__module__]
+    while trace is not None:
+        modules.append(trace.tb_frame.f_globals.get("__name__", ""))
+        trace = trace.tb_next
+    return any(module.partition(".")[0] in LIBRARIES for module in modules)
+
+
+def told(error: BaseException) -> str:
+    """What to tell of an error `of_store`, and what to do."""
+    text = f"{type(error).__name__}: {error}"
+    for extra in STORES.values():
+        if f"{extra}fs" in text and "install" in text.lower():
+            return f"{text}; pip install 'point_jax[{extra}]'"
+    return f"{text}; look at the address, your credentials and the network"
 
 
 class Mirror:
@@ -134,16 +156,16 @@ class Mirror:
             return
         self.folder = Path(tempfile.mkdtemp(prefix="point_jax_run."))
         try:
-            bucket = str(workdir).removeprefix(S3).partition("/")[0]
-            if str(workdir).startswith(S3) and not epath.Path(S3 + bucket).exists():
-                # s3fs would make one for the first file: of a name that is a slip, too.
-                raise FileNotFoundError(f"no bucket {bucket} can be reached")
+            # Now rather than after hours. s3fs makes a bucket of a name that is a slip for the
+            # first folder, but not for a file.
+            (workdir / PROBE).write_bytes(b"")
+            (workdir / PROBE).unlink()
             for name in wanted:
                 if (workdir / name).exists():
                     (self.folder / name).write_bytes((workdir / name).read_bytes())
         except Exception as error:  # what these libraries raise has no common kind
             shutil.rmtree(self.folder)
-            raise _unusable(workdir, error) from error
+            raise StorageError(f"{workdir} cannot be used ({told(error)})") from error
 
     def __enter__(self) -> "Mirror":
         return self
@@ -152,15 +174,15 @@ class Mirror:
         """Sends up what is left, and removes the temporary folder.
 
         Raises:
-            StorageError: the store cannot be reached, and nothing else has failed: then that is
+            LostError: the store cannot be reached, and nothing else has failed: then that is
                 told, and the files stay here.
         """
         try:
             self.push()
-        except StorageError as failure:
+        except LostError as failure:
             kept = f"{failure}; what could not be sent up is kept in {self.folder}"
             if error is None:
-                raise StorageError(kept) from failure
+                raise LostError(kept) from failure
             print(f"warning: {kept}", file=sys.stderr, flush=True)
             return
         if self.folder != self._workdir:
@@ -170,7 +192,7 @@ class Mirror:
         """Sends up what is new or has changed since the last time; locks stay here.
 
         Raises:
-            StorageError: the store cannot be reached, or refuses.
+            LostError: the store cannot be reached, or refuses.
         """
         if self.folder == self._workdir:
             return
@@ -185,11 +207,4 @@ class Mirror:
                 target.write_bytes(file.read_bytes())
                 self._sent[file] = state
         except Exception as error:
-            raise _unusable(self._workdir, error) from error
-
-
-def _unusable(workdir: Path, error: Exception) -> StorageError:
-    extra = next(extra for store, extra in STORES.items() if str(workdir).startswith(store))
-    missing = isinstance(error, ImportError) or f"{extra}fs" in str(error)
-    advice = f"pip install 'point_jax[{extra}]'" if missing else ADVICE
-    return StorageError(f"{workdir} cannot be used ({type(error).__name__}: {error}); {advice}")
+            raise LostError(f"{self._workdir} cannot be used any more ({told(error)})") from error

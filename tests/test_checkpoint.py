@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -153,6 +154,19 @@ DAMAGES = [
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_save_that_takes_long_is_told_of(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "SLOW", 0.05)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    monkeypatch.setattr(checkpoints._manager, "wait_until_finished", lambda: time.sleep(0.5))
+    checkpoints.wait()
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) > 1
+    line = f"warning: waiting for a checkpoint under {tmp_path}/checkpoints ("
+    assert all(one.startswith(line) for one in told)
+    time.sleep(0.2)
+    assert not capsys.readouterr().err
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_those_before(tmp_path):
     """Found by the next save or wait, and told with the reason."""
     state = {"student": {"w": jax.random.normal(jax.random.key(0), (100, 1000))}}

@@ -11,6 +11,7 @@ import toy_run
 from ml_collections import ConfigDict
 
 from launch import command
+from launch.infer_inputs import Record, parse
 from point_jax import orbax_s3
 from point_jax.features.load import load, read_checkpoint
 from point_jax.interop.store import Weights, save_weights
@@ -164,12 +165,58 @@ def test_a_checkpoint_damaged_there_is_set_aside(store, capsys):
     assert digest[0] in said.splitlines()
 
 
+def test_a_save_that_a_kill_left_incomplete_is_none(store, tmp_path, capsys):
+    """In a store it lies under its own name, without the file that Orbax writes last."""
+    source, run = tmp_path / "source", f"{store}/runs/first"
+    assert toy(source) == 0
+    started = f"--config.init_from={source}"
+    assert toy(tmp_path / "here", started) == 0
+    (place(run) / "checkpoints/4/state/part").parent.mkdir(parents=True)
+    (place(run) / "checkpoints/4/state/part").write_bytes(b"part")
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        checkpoint.saved_shapes(place(run))
+    capsys.readouterr()
+    assert toy(run, started) == 0
+    assert "starting with the weights of" in capsys.readouterr().out
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "metrics.jsonl").write_bytes((place(run) / "metrics.jsonl").read_bytes())
+    assert finished(there) == finished(tmp_path / "here")
+    (place(run) / "checkpoints/13/state/part").parent.mkdir(parents=True)
+    (place(run) / "checkpoints/13/state/part").write_bytes(b"part")
+    assert checkpoint.saved_shapes(place(run)).keys() == {"student", "teacher", "mu", "nu"} | {
+        "bad_steps"
+    }
+
+
+def test_a_store_that_goes_away_is_told_and_may_be_tried_again(store, monkeypatch, capsys):
+    written = type(place(store)).write_bytes
+
+    def away(path, content):
+        if path.name == "metrics.jsonl":
+            raise ConnectionError("no route")
+        return written(path, content)
+
+    monkeypatch.setattr(type(place(store)), "write_bytes", away)
+    assert toy(f"{store}/runs/away") == 200
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {store}/runs/away cannot be used any more (ConnectionError: no")
+
+
 def test_another_config_is_told_by_the_name_that_was_given(store, capsys):
     run = f"{store}/runs/other"
     assert toy(run, "--config.train.steps=2") == 0
     capsys.readouterr()
     assert toy(run) == 1
     assert f"error: {run} was started with another config" in capsys.readouterr().err
+
+
+def test_features_are_made_with_weights_from_there(store, tmp_path):
+    flags = ["infer", f"--checkpoint={store}/runs/a", "--input=a.ply"]
+    options = parse([*flags, f"--output={tmp_path}"])
+    assert Record(options).settings["checkpoint"] == f"{store}/runs/a"
+    with pytest.raises(StorageError, match="expected a folder on this machine"):
+        parse([*flags, f"--output={store}/a"])
 
 
 def test_a_mirror_tells_the_first_error_and_keeps_what_it_could_not_send(
@@ -216,6 +263,7 @@ def test_an_error_of_a_store_s_library_is_told_without_a_trace(capsys):
     assert command.run(main, ["train"], None) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: object store: HttpError: ") and "no access to bucket" in error
+    assert "credentials" in error
     assert error.count("\n") == 1
 
 
@@ -223,15 +271,16 @@ def test_what_no_store_can_be():
     with pytest.raises(StorageError, match=r"az://b/run: of object stores only gs://.* mount"):
         place("az://b/run")
     for store in ("gs", "s3"):
+        form = f"expected {store}://bucket/folder, with"
         with pytest.raises(StorageError, match=rf"--workdir={store}://b/run: expected a folder on"):
             local(f"{store}://b/run", "--workdir")
-        for empty in (f"{store}://", f"{store}:/", f"{store}:///"):
-            with pytest.raises(
-                StorageError, match=f"expected {store}://bucket/folder, with a buck"
-            ):
-                place(empty)
-        with pytest.raises(StorageError, match="with two strokes"):
-            place(Path(f"{store}://b/run"))
+        for address, wrong in (
+            *((f"{store}:{strokes}", "a bucket") for strokes in ("//", "/", "///")),
+            *((address, "two strokes") for address in (Path(f"{store}://b/r"), f"{store}:///b/r")),
+            *((f"{store}://b/{name}", "none of") for name in ("lr[12]", "a*", "a?", "a/../b")),
+        ):
+            with pytest.raises(StorageError, match=f"{form} {wrong}"):
+                place(address)
     assert place("runs/a") == local("runs/a", "--workdir") == Path("runs/a")
 
 
@@ -243,15 +292,18 @@ def test_an_orbax_that_decides_elsewhere_is_told(monkeypatch):
         place("s3://b/run")
 
 
-def test_the_driver_of_s3_takes_what_s3fs_takes_from_the_environment():
-    def driver(**environment):
-        return orbax_s3.s3_driver("s3://bucket/runs/a", environment)
+def test_the_driver_of_s3_looks_where_s3fs_does():
+    def driver(endpoint, **environment):
+        return orbax_s3.s3_driver("s3://bucket/runs/a", environment, endpoint)
 
     plain = {"driver": "s3", "bucket": "bucket", "path": "runs/a"}
-    assert driver() == plain
-    assert driver(AWS_REGION="x", AWS_DEFAULT_REGION="y") == plain | {"aws_region": "x"}
-    other = driver(AWS_ENDPOINT_URL="http://minio:9000", AWS_ACCESS_KEY_ID="k")
-    assert other["endpoint"] == "http://minio:9000" and other["aws_region"] == "us-east-1"
-    assert other["aws_credentials"] == {"type": "environment"}
-    special = {"AWS_ENDPOINT_URL": "a", "AWS_ENDPOINT_URL_S3": "b", "AWS_DEFAULT_REGION": "y"}
-    assert driver(**special) == plain | {"endpoint": "b", "aws_region": "y"}
+    keys = {"aws_credentials": {"type": "environment"}}
+    files = {"aws_credentials": {"type": "default", "profile": "default"}}
+    amazons = "https://s3.eu-west-1.amazonaws.com"
+    assert driver(amazons, AWS_REGION="x") == plain | files
+    assert driver(amazons, AWS_ACCESS_KEY_ID="k", AWS_PROFILE="me") == plain | keys
+    assert driver(amazons, AWS_PROFILE="me")["aws_credentials"]["profile"] == "me"
+    other = plain | files | {"endpoint": "http://minio:9000"}
+    assert driver("http://minio:9000") == other | {"aws_region": "us-east-1"}
+    regions = {"AWS_REGION": "x", "AWS_DEFAULT_REGION": "y"}
+    assert driver("http://minio:9000", **regions) == other | {"aws_region": "x"}

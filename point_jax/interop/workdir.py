@@ -22,7 +22,7 @@ from point_jax.models.heads import OnlineCluster, start_prototypes
 from point_jax.objectives.settings import ONLINE, default_network, network_spec
 from point_jax.objectives.sonata_spec import OFFLINE
 from point_jax.training import checkpoint
-from point_jax.training.checkpoint import FOLDER, CheckpointError
+from point_jax.training.checkpoint import FOLDER, CheckpointError, complete_steps
 
 CONFIG = "config.json"
 # Parts of the state that not every pretraining has: Concerto's two, and a teacher of its own.
@@ -47,10 +47,10 @@ def find_run(path: Path) -> tuple[Path, int] | None:
         return path.parent.parent, int(path.name)
     if not is_workdir(path):
         return None
-    steps = [int(p.name) for p in (path / FOLDER).iterdir() if p.name.isdigit()]
+    steps = complete_steps(path / FOLDER)
     if not steps:
         raise CheckpointError(f"no checkpoint in {path / FOLDER}")
-    return path, max(steps)
+    return path, int(steps[-1].name)
 
 
 def data_sources(path: Path) -> list[Mapping[str, Any]] | None:

@@ -1,13 +1,15 @@
 """Checkpoints: the newest states of a run, written by Orbax in the background, atomically.
 
 A step's folder is renamed into place only when it is complete, so a kill leaves at most a
-temporary folder, which the next start removes. Orbax deletes an old step file by file; a kill
-there leaves a folder that lists as a step and cannot be read, which is why `restore` tries the
-next one. Orbax notices missing and cut files but not changed bytes: checksums are ours.
+temporary folder, which the next start removes; in an object store, which cannot rename, it has its
+name from the start, and a file marks that it is complete. Orbax deletes an old step file by file;
+a kill there leaves a folder that lists as a step and cannot be read, which is why `restore` tries
+the next one. Orbax notices missing and cut files but not changed bytes: checksums are ours.
 """
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,9 +23,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from point_jax import storage
+from point_jax.training import peers
 
 Tree = Any  # nested dicts of arrays
 FOLDER = "checkpoints"
+SLOW = 60.0  # seconds after which a save is told of
 LATE = 0.5  # seconds in which reads end that go on when one has failed
 
 
@@ -59,6 +63,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: this save or the previous one failed (disk full, no permission).
+            LostError: the same, in an object store.
         """
         sums = {name: int(value) for name, value in checksums(state).items()}
         content = ocp.args.Composite(
@@ -126,6 +131,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: a save failed.
+            LostError: the same, in an object store.
         """
         with self._saving():
             self._manager.wait_until_finished()
@@ -137,20 +143,36 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:
-        """Says of a save that fails, now or in the background, why, and what is there still."""
+        """Says of a save that fails, now or in the background, why, and what is there still.
+
+        And of one that hangs, every minute that it does.
+        """
+        done = threading.Event()
+        threading.Thread(target=self._say_if_slow, args=(done,), daemon=True).start()
         try:
             yield
         except Exception as error:  # whatever a full disk makes the libraries raise
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             try:
-                steps = _steps(self._folder)
+                steps = complete_steps(self._folder)
             except Exception:  # it is the store itself that cannot be reached
                 steps = []
-            kept = f"the newest one is that of step {steps[-1].name}" if steps else "none is seen"
-            raise CheckpointError(
+            kept = "none is seen there"
+            if steps:
+                kept = f"the newest one is that of step {steps[-1].name}"
+            kind = storage.LostError if storage.is_remote(self._folder) else CheckpointError
+            raise kind(
                 f"a checkpoint could not be written under {self._folder} ({why}); {kept}, and once "
-                "the cause is removed the same command goes on from there"
+                "the cause is removed the same command goes on from the newest one"
             ) from error
+        finally:
+            done.set()
+
+    def _say_if_slow(self, done: threading.Event) -> None:
+        start = time.monotonic()
+        while not done.wait(SLOW):
+            seconds = time.monotonic() - start
+            peers.say(f"waiting for a checkpoint under {self._folder} ({seconds:.0f} s)", "warning")
 
 
 def load_weights(source: Path, template: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -192,20 +214,23 @@ def saved_shapes(source: Path) -> dict[str, Tree]:
 
 def any_saved(workdir: Path) -> bool:
     """Whether a run has left a checkpoint, readable or not, in its folder."""
-    return bool(_steps(workdir / FOLDER))
+    return bool(complete_steps(workdir / FOLDER))
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, the newest last."""
+def complete_steps(folder: Path) -> list[Path]:
+    """The checkpoints in a `checkpoints` folder that were written to their end, the newest last."""
     entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted((e for e in entries if e.name.isdigit()), key=lambda entry: int(entry.name))
+    steps = sorted((e for e in entries if e.name.isdigit()), key=lambda entry: int(entry.name))
+    if not storage.is_remote(folder):
+        return steps
+    return [step for step in steps if ocp.utils.is_checkpoint_finalized(epath.Path(step))]
 
 
 def _newest(source: Path) -> Path:
     """The folder of the newest checkpoint at `source`, see `load_weights`."""
     if (source / "state").is_dir():
         return storage.absolute(source)
-    steps = _steps(source / FOLDER if (source / FOLDER).is_dir() else source)
+    steps = complete_steps(source / FOLDER if (source / FOLDER).is_dir() else source)
     if not steps:
         raise CheckpointError(f"no checkpoint in {source}: expected a workdir or {FOLDER}/<step>")
     return storage.absolute(steps[-1])

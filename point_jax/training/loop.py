@@ -44,6 +44,7 @@ WritePictures = Callable[[Any, Any, Path], None]
 Measure = Callable[[int, Any], Mapping[str, float]]
 
 FINISHED, FAILED = 0, 1  # exit codes; a run stopped by a signal gives 128 + its number
+LOST = 200  # an object store went away: schedulers shall start again; xpk does from 127 on
 
 
 def train(

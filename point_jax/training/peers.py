@@ -84,7 +84,7 @@ def leave(error: BaseException, message: str, code: int) -> None:
         _leaving.set()
         number, processes = _job()
         store, text = _store(), message[:LONGEST].encode("utf-8", "replace").decode()
-        told = f"{socket.gethostname()} {text}"
+        told = f"{code} {socket.gethostname()} {text}"
         store.key_value_set(f"{FAILED}{number}", told, allow_overwrite=True)
         deadline = time.monotonic() + HEARTBEAT
         while time.monotonic() < deadline:
@@ -142,7 +142,7 @@ def _watch(store: Any) -> None:
                 if number == 0:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # how sums fail without the others
                     time.sleep(2 * PERIOD)
-                end(1)
+                end(int(failed[0][1].partition(" ")[0]))
             return
         if _leaving.wait(PERIOD):
             return
@@ -167,7 +167,7 @@ def _name_the_silent(store: Any, heard: dict[int, tuple[str, float, bool]], proc
 
 
 def _failure(process: int, told: str) -> str:
-    host, _, why = told.partition(" ")
+    _, host, why = told.split(" ", 2)
     return f"process {process} on {host} failed: {why}"
 
 
