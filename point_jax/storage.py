@@ -18,7 +18,10 @@ from fsspec.core import url_to_fs
 from point_jax.orbax_s3 import S3, UnknownOrbaxError, teach_orbax
 
 STORES = {"gs://": "gcs", S3: "s3"}  # the extra of this package that has its library
-LIBRARIES = ("fsspec", "gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp")
+LIBRARIES = (
+    *("fsspec.", "gcsfs.", "google.api_core.", "google.auth.", "google.cloud."),
+    *("s3fs.", "botocore.", "aiobotocore.", "aiohttp."),
+)
 PROBE = ".point_jax_can_write"
 GLOBS = "*?[]"  # fsspec would delete all folders that match
 
@@ -118,7 +121,7 @@ def of_store(error: BaseException) -> bool:
     while trace is not None:
         modules.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
-    return any(module.partition(".")[0] in LIBRARIES for module in modules)
+    return any(f"{module}.".startswith(LIBRARIES) for module in modules)
 
 
 def told(error: BaseException) -> str:
