@@ -240,6 +240,37 @@ def test_a_kernel_says_in_its_scope_what_it_multiplies():
     assert cost.count(hlo.parse(text)).flops == {"half": 4096.0}
 
 
+def test_what_hosts_send_between_slices_is_a_collective():
+    def between(kind, slices):
+        attributes = (
+            "channel_id=8, is_host_transfer=true, frontend_attributes={"
+            '_xla_host_transfer_rendezvous="all-reduce.146_0",_xla_megascale_reduce_operation="ADD",'
+            f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}'
+        )
+        text = (
+            "ENTRY %m (a: f32[100,48]) -> f32[100,48] {\n"
+            "  %a = f32[100,48]{1,0:T(8,128)} parameter(0)\n"
+            "  %mark = token[] after-all()\n"
+            f"  %send = (f32[100,48]{{1,0}}, u32[], token[]) send(%a, %mark), {attributes}\n"
+            f"  %recv = (f32[100,48]{{1,0}}, u32[], token[]) recv(%mark), {attributes}\n"
+            "  %sent = token[] send-done(%send), channel_id=8\n"
+            "  %done = (f32[100,48]{1,0}, token[]) recv-done(%recv), channel_id=7\n"
+            "  ROOT %out = f32[100,48]{1,0} get-tuple-element(%done), index=0\n}"
+        )
+        found = cost.count(hlo.parse(text), 4)
+        assert not found.kernels
+        return found.collectives
+
+    size = 100 * 48 * 4
+    assert between("ALL_REDUCE", "1,2") == [("all-reduce", "f32", size, 2, 2, 1)]
+    assert between("ALL_REDUCE", "1:4") == [("all-reduce", "f32", size, 4, 4, 1)]
+    assert between("ALL_GATHER", "1,2:3") == [("all-gather", "f32", 3 * size, 3, 3, 1)]
+    (one,) = between("ALL_REDUCE", "1,2")
+    slices = topology.parse("2*v5e:2x2")
+    assert slices.chip is not None
+    assert collective_seconds(one, slices) == size / slices.chip.network
+
+
 def test_a_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing")

@@ -39,6 +39,8 @@ _MOVES = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 _PARTIAL = frozenset({"dynamic-slice", "slice", "gather"})  # read a part of their first operand
 # Marks of the TPU compiler's own, without work.
 _MARKS = re.compile(r"custom_call_target=\"(ConcatBitcast|Assume\w*|AsyncCollective\w*|Sharding)\"")
+# Between slices TPUs leave what their share of a collective is to their hosts.
+_BETWEEN = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 _PRODUCTS = re.compile(r"\bproducts_(\d+)\b")
 _GEMM = re.compile(r'custom_call_target="__cublas\$')
 
@@ -49,8 +51,9 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of `COLLECTIVES`.
       dtype: of what is sent; several joined by "+".
-      size: bytes: the whole array, before a gathered or after a reduced one is cut.
-      group: devices that take part.
+      size: bytes: the whole array, before a gathered or after a reduced one is cut; between slices
+        a device's part of it.
+      group: devices that take part; between slices one of each.
       domains: how many slices (TPU) or hosts (GPU) they are of.
       times: how often a step runs it.
     """
@@ -172,6 +175,8 @@ class _Walk:
             found.collectives.append(self._collective(collective, inside or around, times))
         if this.opcode in _FREE or _MARKS.search(this.attributes) or (sent and sent[0][0] is this):
             return
+        if this.opcode == "recv" and _BETWEEN.search(this.attributes):
+            return
         size, flops = self._size(this, around), self._flops(this, around)
         if size or flops:
             ahead = this.opcode in _MOVES
@@ -185,7 +190,7 @@ class _Walk:
         On TPUs one may be spread over fusions that do other work meanwhile: each holds a copy of
         it, and the first one its start.
         """
-        if _kind(this.opcode):
+        if _kind(this.opcode) or (this.opcode == "send" and _BETWEEN.search(this.attributes)):
             return [(this, None)]
         if this.opcode not in _FUSIONS:
             return []
@@ -195,6 +200,8 @@ class _Walk:
         return [(i, inner) for i in inner if _kind(i.opcode) and (starts or whole)]
 
     def _collective(self, this: Instruction, around: Computation, times: float) -> Collective:
+        if this.opcode == "send":
+            return _between_slices(this, _operand(this, around, 0), times)
         sent = [shape for name in this.operands if (i := around.get(name)) for shape in i.shapes]
         groups = replica_groups(this.attributes)
         group = len(groups[0]) if groups else 1
@@ -320,6 +327,17 @@ def _kind(opcode: str) -> str:
     """The kind of collective that an opcode is or starts; "" for others."""
     kind = opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else ""
+
+
+def _between_slices(this: Instruction, part: Shape, times: float) -> Collective:
+    """The collective whose share between slices an instruction sends, e.g. {1,2}x{0:3}."""
+    found = _BETWEEN.search(this.attributes)
+    assert found, this.name
+    ends = [[int(end) for end in run.split(":")] for run in found[1].split(",")]
+    slices = sum(run[-1] - run[0] + 1 for run in ends)
+    kind = found[2].lower().replace("_", "-")
+    size = part.size * (slices if kind == "all-gather" else 1)
+    return Collective(kind, part.dtype, size, slices, slices, times)
 
 
 def _shapes(around: Computation, name: str) -> tuple[Shape, ...]:
