@@ -377,7 +377,7 @@ def begin_alone(workdir):
 
 
 def saved(workdir):
-    return checkpoint._steps(workdir / checkpoint.FOLDER)
+    return checkpoint.complete_steps(workdir / checkpoint.FOLDER)
 
 
 def wait_for_a_save(workdir, number=1):
