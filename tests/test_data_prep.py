@@ -93,7 +93,9 @@ def run(monkeypatch, module, *arguments: str) -> None:
 
 def run_rgbd(monkeypatch, recording: Path, output: Path, *more: str) -> None:
     limits = ("--clouds=3", "--test=1", "--grid=0.03", "--min_points=3000", "--max_points=6000")
-    run(monkeypatch, rgbd, f"--input={recording}", f"--output={output}", *limits, *more)
+    flags = dict(flag.split("=") for flag in (*limits, *more))
+    flags |= {"--input": recording, "--output": output}
+    run(monkeypatch, rgbd, *(f"{name}={value}" for name, value in flags.items()))
 
 
 def to_room(scene: Scene) -> np.ndarray:
