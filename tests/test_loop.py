@@ -495,7 +495,7 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path):
     )
     assert said.returncode == 0, said
     step = re.search(
-        r"\nerror: a checkpoint could not be written .*No space left on device.*of step (\d+),",
+        r"(?m)^error: a checkpoint could not be written .*No space left on device.*of step (\d+),",
         said.stderr,
     )
     assert step and "code 1\n" in said.stdout, said

@@ -225,16 +225,18 @@ HANGS = "no batch for 2 s (being read: scene_7)"
     [
         (["--config.data.fails=(1,5)"], 1, "scene_7: coord.npy is cut off"),
         (["--config.data.fails=(0,5)"], 0, "scene_7: coord.npy is cut off"),
+        (["--config.data.lost=(1,5)"], 1, "s3://bucket cannot be used any more"),
         (["--config.data.hangs=(1,5)", "--config.data.patience=2.0"], 1, HANGS),
     ],
 )
 def test_a_process_that_fails_takes_the_others_with_it(tmp_path, arguments, who, why):
     """Instead of leaving them in a sum that never ends; all say who it was and why."""
     codes = together(tmp_path, "--config.train.steps=1000", *arguments)
-    host = socket.gethostname()
+    host, expected = socket.gethostname(), 200 if "lost" in arguments[0] else 1
     for number, (code, _, error) in enumerate(codes):
         whose = why if number == who else f"process {who} on {host} failed: {why}"
-        assert code == 1 and f"error of process {number} of 2 on {host}: {whose}" in error, error
+        assert code == expected, error
+        assert f"error of process {number} of 2 on {host}: {whose}" in error, error
         assert "Traceback" not in error
 
 

@@ -40,6 +40,7 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict({"seconds": 0.0, "nan": (-1, -1), "points": 5, "threads": 1})
     # (process, batch) in which a scene cannot be read, or is never read to its end
     config.data.fails = config.data.hangs = (-1, -1)
+    config.data.lost = (-1, -1)  # likewise, at which an object store is gone
     config.data.patience = 600.0
     return config
 
@@ -112,6 +113,8 @@ def generate(
     while True:
         if tuple(data.fails) == (process, start):
             raise SceneError("scene_7: coord.npy is cut off")
+        if tuple(data.lost) == (process, start):
+            raise storage.LostError("s3://bucket cannot be used any more")
         if tuple(data.hangs) == (process, start):
             threading.Event().wait()
         rng = np.random.default_rng((seed, start))
