@@ -48,8 +48,8 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | 
 
     Returns:
         What `main` returned; 0 after `--help`; 1 after an error, 130 after Ctrl-C, 200 when an
-        object store went away. From an error it
-        does not come back as one of several processes (`peers.leave`), nor when input hangs.
+        object store went away. From an error it does not come back as one of several processes
+        (`peers.leave`), nor when input hangs.
     """
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)

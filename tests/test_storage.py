@@ -94,6 +94,21 @@ def toy(workdir, *arguments):
     return command.run(toy_run.main, told, None)
 
 
+def fetched(run, tmp_path):
+    """A folder with the metrics of a run in the store."""
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes((place(run) / "metrics.jsonl").read_bytes())
+    return folder
+
+
+def begin_save(run, step):
+    """Leaves what a kill in a save leaves."""
+    part = place(run) / f"checkpoints/{step}/state/part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"part")
+
+
 def test_a_run_in_an_object_store_goes_on_to_the_same_bits(store, tmp_path, capsys):
     run = f"{store}/runs/toy"
     with pytest.MonkeyPatch.context() as patch:  # a scene that is damaged, and mended later
@@ -112,9 +127,7 @@ def test_a_run_in_an_object_store_goes_on_to_the_same_bits(store, tmp_path, caps
     assert "going on after step 6 of 12" in said and f"checkpoint  {run}/checkpoints/12" in said
     assert toy(run) == 0 and "finished: 12 steps" in capsys.readouterr().out
 
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "metrics.jsonl").write_bytes((place(run) / "metrics.jsonl").read_bytes())
+    there = fetched(run, tmp_path)
     assert [line["step"] for line in read_metrics(there)] == [*range(1, 13), 12]
     assert toy(tmp_path / "here") == 0
     assert finished(there) == finished(tmp_path / "here")
@@ -171,19 +184,15 @@ def test_a_save_that_a_kill_left_incomplete_is_none(store, tmp_path, capsys):
     assert toy(source) == 0
     started = f"--config.init_from={source}"
     assert toy(tmp_path / "here", started) == 0
-    (place(run) / "checkpoints/4/state/part").parent.mkdir(parents=True)
-    (place(run) / "checkpoints/4/state/part").write_bytes(b"part")
+    begin_save(run, 4)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         checkpoint.saved_shapes(place(run))
     capsys.readouterr()
     assert toy(run, started) == 0
     assert "starting with the weights of" in capsys.readouterr().out
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "metrics.jsonl").write_bytes((place(run) / "metrics.jsonl").read_bytes())
+    there = fetched(run, tmp_path)
     assert finished(there) == finished(tmp_path / "here")
-    (place(run) / "checkpoints/13/state/part").parent.mkdir(parents=True)
-    (place(run) / "checkpoints/13/state/part").write_bytes(b"part")
+    begin_save(run, 13)
     assert checkpoint.saved_shapes(place(run)).keys() == {"student", "teacher", "mu", "nu"} | {
         "bad_steps"
     }
