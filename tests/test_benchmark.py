@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -429,6 +430,31 @@ def test_no_moment_counts_twice():
     assert total == pytest.approx(14)
     assert spent == pytest.approx({loop: 2, a: 2 + 0.5 + 3, b: 4 + 0.5 + 1, breakdown.IDLE: 1})
     assert breakdown.sweep([], known) == ({}, 0)
+
+
+def test_an_instruction_ends_where_its_thread_goes_on():
+    """Its event on a CPU tells when its first thread was free; a later one, when all was told."""
+
+    class Plane(NamedTuple):
+        lines: list
+
+    class Line(NamedTuple):
+        events: list
+
+    class Event(NamedTuple):
+        name: str
+        start_ns: float
+        end_ns: float
+        stats: dict
+
+    here = parts.Instruction(parts.Place("mlp", "forward"), False)
+    one = Event("a", 0, 2, {"hlo_op": "a", "_p": 1})
+    two = Event("b", 6, 7, {"hlo_op": "b", "_p": 2})
+    goes_on = Event("ThunkExecutor::Execute", 5, 30, {})  # from where a ended; b is in it
+    ends = Event("end: b", 9, 9, {"_c": 2}), Event("end: a", 31, 31, {"_c": 1})
+    plane = Plane([Line([one]), Line([goes_on, two, *ends])])
+    found = breakdown._plane_events(plane, "m", {"a": here, "b": here})
+    assert sorted(found) == [("a", 0, 5), ("b", 6, 9)]
 
 
 SIZE = 200 << 20

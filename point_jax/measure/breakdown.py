@@ -16,6 +16,7 @@ import jax
 from point_jax.measure.parts import Instruction, Place
 
 _FILES = "*.xplane.pb"
+_FOLLOWS = "ThunkExecutor::Execute"  # on CPU, of some instructions one after the other
 IDLE = "idle"  # moments without any instruction
 
 
@@ -69,18 +70,28 @@ def _plane_events(plane: Any, module: str, known: Mapping[str, Instruction]) -> 
 
     On CPU an instruction that goes on in other threads has an event until its own thread is free
     again, and a second one, "end: ...", when all is done: "_p" of the first is "_c" of the second.
+    Before that second one the thread that did the last of it may go on with what follows, in an
+    event of its own: then the instruction ended when that began.
     """
     found: list[tuple[Event, Any]] = []
-    done: dict[Any, float] = {}
+    done: dict[Any, tuple[float, float]] = {}
     for line in plane.lines:
-        for event in line.events:
+        follows = -1.0
+        for event in sorted(line.events, key=lambda event: event.end_ns):
             stats = dict(event.stats)
             name = str(stats.get("hlo_op", ""))
             if name in known and stats.get("hlo_module", module) == module:
                 found.append((Event(name, event.start_ns, event.end_ns), stats.get("_p")))
             elif event.name.startswith("end: ") and "_c" in stats:
-                done[stats["_c"]] = event.end_ns
-    return [event._replace(end=max(event.end, done.get(mark, event.end))) for event, mark in found]
+                done[stats["_c"]] = follows, event.end_ns
+            elif event.name == _FOLLOWS:
+                follows = event.start_ns
+
+    def whole(event: Event, mark: Any) -> Event:
+        follows, end = done.get(mark, (event.end, event.end))
+        return event._replace(end=max(event.end, follows if follows > event.start else end))
+
+    return [whole(event, mark) for event, mark in found]
 
 
 def sweep(
