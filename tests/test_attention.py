@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from point_jax.ops import attention_gpu, attention_tpu
+from point_jax.measure import cost, hlo
+from point_jax.ops import attention_gpu, attention_loop, attention_tpu
 from point_jax.ops.attention import SAVED, patch_attention
 from point_jax.ops.attention_blocks import blocks_met
 
@@ -107,6 +108,66 @@ def test_kernels_are_attention_within_segments(device, kernels, name):
         np.testing.assert_allclose(
             np.asarray(got, np.float64), want, atol=tolerance * np.abs(want).max()
         )
+
+
+LOOPS = {
+    **CASES,
+    "no heads that divide": Case(512, 7, 16, sizes=(500,), patches=1, used=1),
+    "large scores": Case(256, 2, 16, sizes=(100, 20)),
+    "large scores in bfloat16": Case(128, 2, 16, "bfloat16", sizes=(100, 20)),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loop_is_attention_within_segments(name):
+    case = LOOPS[name]
+    qkv, segment, g = arrays(case)
+    qkv, g = (jnp.where(jnp.isnan(x), 3.0, x) for x in (qkv, g))
+    if "large" in name:  # the largest score has to be looked for
+        qkv = qkv.at[:, :2].multiply(6)
+    narrow = None if case.narrow is None else jnp.array(case.narrow)
+    rest = int(segment.max()) + 1, case.width
+
+    @jax.jit
+    def both(qkv, g):
+        given = segment, narrow, jnp.int32(case.used)
+        out, lse = attention_loop.forward(*rest, qkv, *given)
+        return out, lse, attention_loop.backward(*rest, qkv, *given, out, lse, g)[0]
+
+    out, lse, grads = both(qkv, g)
+    assert out.dtype == grads.dtype == qkv.dtype and lse.dtype == jnp.float32
+    filled = segment >= 0
+    each = case.width // 4 if case.narrow else case.width
+    assert not np.asarray(out[case.used * each :], np.float32).any()
+    assert jnp.isfinite(out).all() and jnp.isfinite(grads).all()
+    want_out, want_lse, want_grads = defined(qkv, segment, g)
+    tolerance = 2e-6 if case.dtype == "float32" else 1e-2
+    largest = np.abs(want_lse).max()
+    # The sum is of weights that are rounded as they meet the values.
+    rounded = 0 if case.dtype == "float32" else 2**-9
+    np.testing.assert_allclose(
+        lse[:, filled], want_lse[:, filled], atol=2e-6 * largest + rounded, rtol=0
+    )
+    for got, want in [(out, want_out), *((grads[:, t], want_grads[:, t]) for t in range(3))]:
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64)[filled],
+            want[filled],
+            atol=tolerance * max(largest / 10, 1) * np.abs(want).max(),
+        )
+
+
+def test_scores_of_the_loop_stay_inside_of_kernels():
+    """On CPUs: K x K is an array only between the backward pass's kernels, once."""
+    case = Case(256, 1, 16, sizes=(256,))
+    qkv, segment, g = arrays(case)
+    given = 2, 256, qkv, segment, None, jnp.int32(2)
+    out, lse = jax.eval_shape(lambda: attention_loop.forward(*given))
+    for function, arrays_met in (
+        (lambda out, lse: attention_loop.forward(*given), 0),
+        (lambda out, lse: attention_loop.backward(*given, out, lse, g), 1),
+    ):
+        kernels = cost.count(hlo.parse(jax.jit(function).lower(out, lse).compile().as_text()))
+        assert sum(kernel.size >= 4 * 256**2 for kernel in kernels.kernels) <= 3 * arrays_met
 
 
 def test_blocks_meet_if_they_share_a_segment():

@@ -1,10 +1,15 @@
-"""What a program's text cannot tell: how often a loop runs, what a kernel multiplies."""
+"""Loops over blocks, and what a program's text cannot tell of them.
+
+How often they run, and what a kernel multiplies.
+"""
 
 import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Carry = TypeVar("Carry")
 
@@ -44,3 +49,18 @@ def products(operations: int) -> contextlib.AbstractContextManager[object]:
       operations: multiplications and additions of the products.
     """
     return jax.named_scope(f"products_{operations}")
+
+
+def blank(shape: tuple[int, ...], dtype: DTypeLike, near: jax.Array) -> jax.Array:
+    """Zeros that one loop writes to.
+
+    XLA makes equal zeros once and copies them into every loop that starts from them, in one thread.
+    These hang on a number of an array that is only here, so they are made in place. Where it is not
+    finite, nor are they.
+
+    Args:
+      shape, dtype: of the result.
+      near: floating, an array that this loop reads and no other.
+    """
+    first = near[(0,) * near.ndim]
+    return jnp.full(shape, jnp.minimum(jnp.abs(first), 0), dtype)

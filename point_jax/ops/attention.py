@@ -54,7 +54,8 @@ def patch_attention(
 
     Returns:
       (S, H, D), dtype of qkv. Empty slots are finite where qkv is, and mean nothing. Scores,
-      softmax and sums are float32; kernels round weights to the dtype of qkv for the products.
+      softmax and sums are float32; weights are rounded to the dtype of qkv for their products, in
+      the loop for their sum as well.
     """
     return _forward(clouds, width, qkv, segment, narrow, used, grid, table)[0]
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import over_blocks
+from point_jax.geometry.loops import blank, over_blocks
 from point_jax.ops.bfloat16 import as_bits, of_bits
 
 Params = Any  # a pytree of arrays
@@ -70,7 +70,7 @@ def _forward(apply, params, x, count):
             return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
 
         whole = jax.eval_shape(apply, params, x)
-        out = as_bits(jnp.zeros(whole.shape, whole.dtype))
+        out = as_bits(blank(whole.shape, whole.dtype, x))
         return of_bits(over_blocks(block, out, len(x), size, count))
 
     return jax.lax.platform_dependent(cpu=in_blocks, default=lambda: apply(params, x))
@@ -98,7 +98,7 @@ def _bwd(apply, saved, g):
             grad = jax.lax.dynamic_update_slice_in_dim(grad, of_rows, start, axis=0)
             return jax.tree.map(jnp.add, total, of_params), grad
 
-        init = jax.tree.map(jnp.zeros_like, params), as_bits(jnp.zeros_like(x))
+        init = jax.tree.map(jnp.zeros_like, params), as_bits(blank(x.shape, x.dtype, g))
         of_params, of_rows = over_blocks(block, init, len(x), size, count)
         return of_params, of_bits(of_rows)
 
