@@ -13,6 +13,7 @@ from point_jax.geometry.patches import build_patches
 from point_jax.ops import conv, pool
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
+from point_jax.ops.conv_pairs import Kernel
 from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
 from point_jax.ops.pool import cluster_max, cluster_mean
 from point_jax.ops.rotary import rotate
@@ -56,6 +57,21 @@ def test_convolution_reads_the_representatives_around_and_itself(duplicates, for
         return submanifold_conv(x, weight, level.neighbours, level.voxel, level.count, pairs)
 
     assert_same(ours, reference, normal(0, 512, 6), normal(1, 27, 6, 5))
+
+
+def test_a_kernel_read_from_its_stack_is_the_same():
+    level = random_row(3, True)[0]
+    table = level.neighbours, level.voxel, level.count, level.pairs
+    stack = normal(1, 3, 27, 6, 5)
+
+    def plain(x, stack):
+        return submanifold_conv(x, stack[1], *table)
+
+    def stacked(x, stack):
+        kernel = Kernel(jax.lax.stop_gradient(stack), jnp.int32(1))
+        return submanifold_conv(x, stack[1], *table, kernel)
+
+    assert_same(stacked, plain, normal(0, 512, 6), stack)
 
 
 def test_convolution_of_a_single_voxel_is_the_centre_tap():

@@ -191,7 +191,8 @@ def test_a_step_with_duplicated_voxels_equals_the_original_under_its_rule(monkey
     """Taps before the centre add all rows of a voxel into the first row of the target voxel; those
     after it read the first row of the neighbour into every row; the centre reads its own row."""
 
-    def originals_conv(x, weight, neighbours, voxel, count, pairs):
+    def originals_conv(x, weight, neighbours, voxel, count, pairs, stacked):
+        del count, pairs, stacked
         padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
         first = (voxel == jnp.arange(len(x)))[:, None]
         added = jnp.pad(jax.ops.segment_sum(x, voxel, len(x)), ((0, 1), (0, 0)))

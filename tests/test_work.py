@@ -45,8 +45,9 @@ def test_work_is_what_a_hand_counts():
         "pooling": 2 * 8 * 8 * 16,
         # three taps with a block of 32 pairs each, then the centre alone
         "convolution": 2 * 3 * 32 * 64 + 2 * (2 * 32 * 256),
-        # patches x heads x width x width x (8 channels and 2 marks for scores; 8 for mixing)
-        "attention": 2 * 2 * (2 * 2) * (10 + 8) + 2 * (2 * 2 * (4 * 4) * (10 + 8)),
+        # patches x heads x width x width x (8 channels and 2 marks for scores; 8 for mixing
+        # and 1 for the sum)
+        "attention": 2 * 2 * (2 * 2) * (10 + 9) + 2 * (2 * 2 * (4 * 4) * (10 + 9)),
     }
     assert {part: counted.done for part, counted in got.items()} == forward
     # With gradients two more products each, the stem's input but one; conv_linear and the MLP's
@@ -59,8 +60,8 @@ def test_work_is_what_a_hand_counts():
         "mlp": 3.5 * forward["mlp"],
         "pooling": 3 * forward["pooling"],
         "convolution": 3 * forward["convolution"],
-        # two more scores, five more products
-        "attention": forward["attention"] * (3 * 10 + 6 * 8) / (10 + 8),
+        # two more scores and two products of slopes with one column more, three gradients
+        "attention": forward["attention"] * (10 + 9 + 2 * 11 + 2 * 9 + 3 * 8) / (10 + 9),
     }
     # All projections of the blocks again, the MLP only if a scale follows.
     again = dataclasses.replace(SPEC, remat=True)
@@ -188,12 +189,13 @@ def test_loops_run_as_often_as_is_counted(row, monkeypatch):
         return by_rows(layer, weight, jnp.ones((512, 4)), used).sum()
 
     watch(conv_pairs, "_slots", lambda arguments: arguments[-1])
-    watch(attention_loop, "_operands", lambda arguments: arguments[-1])
+    watch(attention_loop, "_operands", lambda arguments: arguments[-1].width * arguments[-1].heads)
     weight = jnp.ones((4, 4))
     gradient = jax.grad(total)
     for used in (0, 128, 130):  # forward and backward
         assert sum(blocks(gradient, weight, used)) == 2 * rows_done(512, used)
-    x, kernel, pairs = jnp.ones((256, 4)), jnp.ones((27, 4, 4)), row[0].pairs
+    x, pairs = jnp.ones((256, 4)), row[0].pairs
+    kernel = conv_pairs.Kernel(jnp.ones((1, 27, 4, 4)), 0)
     done = conv_pairs.pairs_done(count(row[0]).taps, 256, 4)
     assert sum(blocks(conv_pairs.correlate, x, kernel, pairs)) == done
     assert sum(blocks(conv_pairs.gradients, x, kernel, pairs, x)) == done
@@ -206,7 +208,7 @@ def test_loops_run_as_often_as_is_counted(row, monkeypatch):
 
         qkv = jnp.ones((len(layout.segment), 3, 2, 4))
         patches, width = patches_used(counted.sizes, counted.capacity, patch_size)
-        assert blocks(jax.grad(attend), qkv) == [width] * patches * 2 * 2  # heads, passes
+        assert sum(blocks(jax.grad(attend), qkv)) == width * patches * 2 * 2  # heads, passes
 
 
 def test_padding_of_the_last_block_is_done():
@@ -215,6 +217,7 @@ def test_padding_of_the_last_block_is_done():
     assert conv_pairs.pairs_done((33, 0, 32), 64, 8) == (2 + 1) * 32
     assert conv_pairs.pairs_done((1, 129), 5000, 384) == (1 + 2) * 128
     assert [points_done(300, used) for used in (0, 1, 300)] == [0, 256, 512]
-    # four clouds and empty slots are told apart by 5 columns, which the scores have
+    # four clouds and empty slots are told apart by 5 columns, which the scores have; one more adds
+    # up the weights, or takes from scores and slopes what is known of each query
     forward, backward = attention_loop.operations_done(4, 10, 16)
-    assert forward == 200 * (21 + 16) and backward == 200 * (2 * 21 + 5 * 16)
+    assert forward == 200 * (21 + 17) and backward == 200 * (2 * 22 + 2 * 17 + 3 * 16)

@@ -25,6 +25,7 @@ from point_jax.models.layers import (
 )
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.ops.attention import SAVED, patch_attention
+from point_jax.ops.conv_pairs import Kernel
 from point_jax.ops.gather import from_slots, take_rows, to_slots
 from point_jax.ops.rotary import rotate
 
@@ -67,6 +68,7 @@ class Block(nnx.Module):
         keep: tuple[jax.Array, jax.Array],
         coord: jax.Array | None,
         motion: Motion | None,
+        stacked: Kernel,
     ) -> jax.Array:
         """One block.
 
@@ -77,9 +79,10 @@ class Block(nnx.Module):
           order: () int32, which order the patches follow.
           keep: what drop path multiplies the two branches with, (N,) float32 or () each.
           coord: (N, 3) float32 metres, and motion of (G, 3): for rotary positions, else None.
+          stacked: the convolution's kernel among those of the stage.
         """
         with jax.named_scope("convolution"):
-            near = checkpoint_name(self.conv(seen, level), "convolution_out")
+            near = checkpoint_name(self.conv(seen, level, stacked), "convolution_out")
         x = x + in_turn([self.conv_linear, self.conv_norm], near, level.count)
         attended = self._attention(x, level, order, coord, motion)
         x = x + _branch(attended, self.scale1, keep[0])
@@ -179,6 +182,8 @@ class Stage(nnx.Module):
         """
         depth = len(self.rates)
         graph, params = nnx.split(self.blocks)
+        # Scanned parameters are copied out of their stacks on CPUs. Kernels are most of them.
+        kernels = jax.lax.stop_gradient(self.blocks.conv.kernel[...])
         orders = turn[jnp.arange(depth) % self.orders]
         keep = _keep(jnp.array(self.rates), level, noise_keys if any(self.rates) else None)
         motion = None
@@ -187,15 +192,16 @@ class Stage(nnx.Module):
 
         def block(carry, this):
             x, seen = carry
-            params, order, keep, motion = this
-            module = nnx.merge(graph, params)
-            x = module(x, x if seen is None else seen, level, order, keep, coord, motion)
+            params, order, keep, motion, index = this
+            module, stacked = nnx.merge(graph, params), Kernel(kernels, index)
+            x = module(x, x if seen is None else seen, level, order, keep, coord, motion, stacked)
             return (x, None if seen is None else x), None
 
         kept = ("convolution_out", *SAVED) if self.remat == "cheap" else ()
         policy = jax.checkpoint_policies.save_only_these_names(*kept)
         body = block if self.remat == "none" else jax.checkpoint(block, policy=policy)
-        return jax.lax.scan(body, (x, seen), (params, orders, keep, motion))[0][0]
+        blocks = params, orders, keep, motion, jnp.arange(depth)
+        return jax.lax.scan(body, (x, seen), blocks)[0][0]
 
 
 def _motion(rotary: Rotary, depth: int, clouds: int, keys: jax.Array | None) -> Motion:

@@ -10,6 +10,7 @@ from point_jax.geometry.hierarchy import Level
 from point_jax.geometry.neighbours import TAPS, offsets
 from point_jax.ops.bfloat16 import dot_general
 from point_jax.ops.conv import submanifold_conv
+from point_jax.ops.conv_pairs import Kernel
 from point_jax.ops.rowwise import by_rows
 
 _zeros = nnx.initializers.zeros  # kernels get their random values in `functional`
@@ -90,10 +91,11 @@ class SubmanifoldConv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, level: Level) -> jax.Array:
-        """(N, C) -> (N, C), in `dtype`."""
+    def __call__(self, x: jax.Array, level: Level, stacked: Kernel) -> jax.Array:
+        """(N, C) -> (N, C), in `dtype`; `stacked` is the same kernel, see `submanifold_conv`."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = submanifold_conv(x, kernel, level.neighbours, level.voxel, level.count, level.pairs)
+        table = level.neighbours, level.voxel, level.count, level.pairs
+        out = submanifold_conv(x, kernel, *table, stacked)
         return out + self.bias[...].astype(self.dtype)[None]
 
 

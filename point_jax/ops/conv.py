@@ -51,6 +51,7 @@ def submanifold_conv(
     voxel: jax.Array,
     count: jax.Array,
     pairs: Pairs | None = None,
+    stacked: conv_pairs.Kernel | None = None,
 ) -> jax.Array:
     """out[p] = sum over taps k of x[neighbours[k, p]] @ weight[k].
 
@@ -65,16 +66,19 @@ def submanifold_conv(
       voxel: (N,) int32, the row that represents each row's voxel.
       count: () int32, rows in use.
       pairs: of the table: CPUs then work pair by pair. None for side by side everywhere.
+      stacked: where CPUs read the same kernel pair by pair, if it is one of a stack. The gradient
+        is that of `weight` all the same.
 
     Returns:
       (N, F); zeros in the rows of skipped padding.
     """
-    return _forward(x, weight, neighbours, count, pairs)
+    return _forward(x, weight, neighbours, count, pairs, stacked)
 
 
-def _forward(x, weight, neighbours, count, pairs):
+def _forward(x, weight, neighbours, count, pairs, stacked):
     side_by_side = partial(_correlate, x, weight, neighbours, count)
-    by_pairs = partial(conv_pairs.correlate, x, weight, pairs)
+    kernel = stacked or conv_pairs.Kernel(weight[None], 0)
+    by_pairs = partial(conv_pairs.correlate, x, kernel, pairs)
     return _by_platform(side_by_side, None if pairs is None else by_pairs)
 
 
@@ -87,18 +91,19 @@ def _by_platform(side_by_side, by_pairs):
     )
 
 
-def _fwd(x, weight, neighbours, voxel, count, pairs):
-    out = _forward(x, weight, neighbours, count, pairs)
-    return out, (x, weight, neighbours, voxel, count, pairs)
+def _fwd(x, weight, neighbours, voxel, count, pairs, stacked):
+    out = _forward(x, weight, neighbours, count, pairs, stacked)
+    return out, (x, weight, neighbours, voxel, count, pairs, stacked)
 
 
 def _bwd(saved, g):
-    x, weight, neighbours, voxel, count, pairs = saved
+    x, weight, neighbours, voxel, count, pairs, stacked = saved
     g = jnp.where((voxel < len(x))[:, None], g, 0)
     side_by_side = partial(_gradients, x, weight, neighbours, voxel, count, g)
-    by_pairs = partial(conv_pairs.gradients, x, weight, pairs, g)
+    kernel = stacked or conv_pairs.Kernel(weight[None], 0)
+    by_pairs = partial(conv_pairs.gradients, x, kernel, pairs, g)
     grads = _by_platform(side_by_side, None if pairs is None else by_pairs)
-    return *grads, None, None, None, None
+    return *grads, None, None, None, None, None
 
 
 submanifold_conv.defvjp(_fwd, _bwd)

@@ -6,14 +6,31 @@ one after the other, always in the same order.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import planned
+from point_jax.geometry.loops import blank, planned
 from point_jax.geometry.pairs import Pairs
 
 _NEIGHBOURS = 14  # of 27 that a point of a room has, at most levels less
+
+
+class Kernel(NamedTuple):
+    """One kernel of a stack, whose taps are read one by one: a copy of it is never made.
+
+    Attributes:
+      stack: (L, T, C, F), in any precision; a tap is read in that of the features.
+      index: () int32, which.
+    """
+
+    stack: jax.Array
+    index: jax.Array | int
+
+    def tap(self, tap: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """(C, F)."""
+        return self.stack.at[self.index, tap].get(mode="promise_in_bounds").astype(dtype)
 
 
 def _block_size(capacity: int, channels: int) -> int:
@@ -58,9 +75,9 @@ def _add(out, rows, values):
     return out.at[rows].add(values, mode="drop")
 
 
-def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
-    """out[row] += x[read] @ weight[tap] over all pairs; (N, F), dtype of x, summed in float32."""
-    (_, channels, filters), capacity = weight.shape, len(x)
+def correlate(x: jax.Array, kernel: Kernel, pairs: Pairs) -> jax.Array:
+    """out[row] += x[read] @ kernel[tap] over all pairs; (N, F), dtype of x, summed in float32."""
+    (*_, channels, filters), capacity = kernel.stack.shape, len(x)
     size = _block_size(capacity, channels)
     ends = jnp.cumsum(-(-pairs.counts // size))  # blocks up to and with each tap
 
@@ -68,27 +85,33 @@ def correlate(x: jax.Array, weight: jax.Array, pairs: Pairs) -> jax.Array:
         tap = (ends <= i).sum()
         first = jnp.where(tap > 0, ends[tap - 1], 0)
         rows, reads = _slots(pairs, tap, i - first, size)
-        product = jnp.dot(_read(x, reads), weight[tap], preferred_element_type=jnp.float32)
+        weight = kernel.tap(tap, x.dtype)
+        product = jnp.dot(_read(x, reads), weight, preferred_element_type=jnp.float32)
         return _add(out, rows, product)
 
-    out = jnp.zeros((capacity, filters), jnp.float32)
+    out = blank((capacity, filters), jnp.float32, x)
     with planned(-(-capacity * _NEIGHBOURS // size)):
         return jax.lax.fori_loop(0, ends[-1], block, out).astype(x.dtype)
 
 
 def gradients(
-    x: jax.Array, weight: jax.Array, pairs: Pairs, g: jax.Array
+    x: jax.Array, kernel: Kernel, pairs: Pairs, g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x (N, C) and of the kernel (T, C, F) for g (N, F), summed in float32."""
-    (taps, channels, filters), capacity = weight.shape, len(x)
+    """Gradients of x (N, C) and of the kernel (T, C, F) for g (N, F), summed in float32.
+
+    That of the kernel is in the precision of x.
+    """
+    (_, taps, channels, filters), capacity = kernel.stack.shape, len(x)
     size = _block_size(capacity, channels)
 
     def one_tap(tap, carry):
+        transposed = kernel.tap(tap, x.dtype).T
+
         def block(i, carry):
             grad, total = carry
             rows, reads = _slots(pairs, tap, i, size)
             slope = _read(g, rows)
-            back = jnp.dot(slope, weight[tap].T, preferred_element_type=jnp.float32)
+            back = jnp.dot(slope, transposed, preferred_element_type=jnp.float32)
             product = jnp.dot(_read(x, reads).T, slope, preferred_element_type=jnp.float32)
             return _add(grad, reads, back), total + product
 
@@ -99,6 +122,9 @@ def gradients(
             grad, total = jax.lax.fori_loop(0, blocks, block, (grad, none))
         return grad, grad_weight.at[tap].set(total)
 
-    init = jnp.zeros((capacity, channels), jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    init = (
+        blank((capacity, channels), jnp.float32, g),
+        blank((taps, channels, filters), jnp.float32, g),
+    )
     grad, grad_weight = jax.lax.fori_loop(0, taps, one_tap, init)
-    return grad.astype(x.dtype), grad_weight.astype(weight.dtype)
+    return grad.astype(x.dtype), grad_weight.astype(x.dtype)
