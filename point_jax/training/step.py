@@ -3,7 +3,8 @@
 Each device makes the rows of its scenes, the targets are settled across devices (Sinkhorn's sums,
 how many points have a label), the loss is differentiated piece by piece, and one sum over the mesh
 joins gradients and statistics. Each row is a micro-batch: gradients accumulate from piece to piece,
-and a device's activations are those of one piece however many scenes it has.
+in place, so that a device has one copy of the gradient and the activations of one piece, however
+many scenes it has.
 
 Where devices share a copy of the state (`sharding`), a step gathers the teacher before the targets
 and the student before the first piece, and adds the gradient up into slices at the end: whole
@@ -65,14 +66,19 @@ def make_train_step(
         targets = objective.targets(teacher, rows, pass_key, schedule, axes)
         student = sharding.gather(student, cut["student"], objective.read_as)
 
-        def add_piece(total, piece):
-            (_, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-                student, piece, targets.shared, pass_key, schedule
-            )
-            return jax.tree.map(jnp.add, total, grads), sums
+        # A block adds its part of the gradient to these as soon as it has it.
+        total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), student)
 
-        none = jax.tree.map(jnp.zeros_like, student)
-        grads, sums = jax.lax.scan(add_piece, none, targets.pieces)
+        def add_piece(_, piece):
+            def loss(student):
+                return objective.loss(student, piece, targets.shared, pass_key, schedule)
+
+            value, back, sums = jax.vjp(loss, student, has_aux=True)
+            back.with_refs(total)(jnp.ones_like(value))
+            return None, sums
+
+        _, sums = jax.lax.scan(add_piece, None, targets.pieces)
+        grads = jax.tree.map(jax.freeze, total)
         count, loss_stats = jax.tree.map(lambda x: x.sum(0), sums)
 
         sums = count, {**stats, **targets.stats, **loss_stats}
