@@ -4,7 +4,7 @@ The equal blocks of a stage are one block with stacked parameters under `lax.sca
 is compiled once however deep it is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +183,8 @@ class Stage(nnx.Module):
         depth = len(self.rates)
         graph, params = nnx.split(self.blocks)
         # Scanned parameters are copied out of their stacks on CPUs. Kernels are most of them.
-        kernels = jax.lax.stop_gradient(self.blocks.conv.kernel[...])
+        kernel: Any = params["conv"]["kernel"]
+        kernels = jax.lax.stop_gradient(kernel[...])
         orders = turn[jnp.arange(depth) % self.orders]
         keep = _keep(jnp.array(self.rates), level, noise_keys if any(self.rates) else None)
         motion = None

@@ -177,7 +177,8 @@ def _bias(grid, table, tile):
     if table is None:
         return jnp.zeros((1, 1, 1))
     index = _bias_index(grid, table, tile)
-    return sum(table[axis, :, tile.head][index[axis]] for axis in range(3))[None]
+    x, y, z = (table[axis, :, tile.head][index[axis]] for axis in range(3))
+    return (x + y + z)[None]
 
 
 def _shift(q, k, queries, keys, bias):

@@ -22,15 +22,15 @@ class Kernel(NamedTuple):
 
     Attributes:
       stack: (L, T, C, F), in any precision; a tap is read in that of the features.
-      index: () int32, which.
+      place: () int32, which.
     """
 
     stack: jax.Array
-    index: jax.Array | int
+    place: jax.Array | int
 
     def tap(self, tap: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """(C, F)."""
-        return self.stack.at[self.index, tap].get(mode="promise_in_bounds").astype(dtype)
+        return self.stack.at[self.place, tap].get(mode="promise_in_bounds").astype(dtype)
 
 
 def _block_size(capacity: int, channels: int) -> int:

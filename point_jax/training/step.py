@@ -14,6 +14,7 @@ of them, and save a copy of the student and of its gradient: little beside a pie
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +74,7 @@ def make_train_step(
             def loss(student):
                 return objective.loss(student, piece, targets.shared, pass_key, schedule)
 
+            back: Any  # pyright knows no methods of it
             value, back, sums = jax.vjp(loss, student, has_aux=True)
             back.with_refs(total)(jnp.ones_like(value))
             return None, sums
