@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from test_hierarchy import random_row
 
+from point_jax.geometry.loops import blank
 from point_jax.geometry.neighbours import TAPS
 from point_jax.geometry.patches import build_patches
 from point_jax.ops import conv, pool
@@ -72,6 +73,19 @@ def test_a_kernel_read_from_its_stack_is_the_same():
         return submanifold_conv(x, stack[1], *table, kernel)
 
     assert_same(stacked, plain, normal(0, 512, 6), stack)
+
+
+def test_what_is_not_a_number_reaches_its_neighbours_alone():
+    """Loops start from zeros that hang on the first number of what they read."""
+    level = random_row(3, False)[0]
+    x = normal(0, 512, 6).at[0].set(jnp.nan)
+    out = submanifold_conv(
+        x, normal(1, 27, 6, 5), level.neighbours, level.voxel, level.count, level.pairs
+    )
+    reads = (np.asarray(level.neighbours) == 0).any(0)
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)).all(1), reads)
+    assert 1 <= reads.sum() < 28
+    assert blank((2, 3), jnp.float32, jnp.zeros((0, 4))).shape == (2, 3)
 
 
 def test_convolution_of_a_single_voxel_is_the_centre_tap():

@@ -55,12 +55,14 @@ def blank(shape: tuple[int, ...], dtype: DTypeLike, near: jax.Array) -> jax.Arra
     """Zeros that one loop writes to.
 
     XLA makes equal zeros once and copies them into every loop that starts from them, in one thread.
-    These hang on a number of an array that is only here, so they are made in place. Where it is not
-    finite, nor are they.
+    These hang on a number of an array that is only here, so they are made in place.
 
     Args:
       shape, dtype: of the result.
       near: floating, an array that this loop reads and no other.
     """
+    if near.size == 0:
+        return jnp.zeros(shape, dtype)
     first = near[(0,) * near.ndim]
-    return jnp.full(shape, jnp.minimum(jnp.abs(first), 0), dtype)
+    nothing = jnp.where(jnp.isnan(first), 0, jnp.minimum(jnp.abs(first), 0))
+    return jnp.full(shape, nothing, dtype)

@@ -10,7 +10,7 @@ sums to its library (YNNPACK) as one kernel, whose scores never leave the cache.
   part of the product (`_marks`), and the backward pass makes the scores twice, once as queries x
   keys and once as keys x queries: two more products, and no transposed K x K matrix.
 
-Elsewhere all of this is the same arithmetic, one kernel after the other.
+Elsewhere, with a table of relative position bias, all of this is one kernel after the other.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from point_jax.geometry.patches import NARROW
 from point_jax.ops.bfloat16 import as_bits, of_bits
 
 _NEVER = -1e30  # finite, so that no product with it is NaN
-_SPREAD = 140.0  # exp(+-70), times thousands of slots and large values, are normal float32
+_SPREAD = 80.0  # exp(+-40), times thousands of slots and any values, are normal float32
 
 
 def _either(run, width, narrow):
@@ -173,31 +173,24 @@ def _bias_index(grid, table, tile):
 
 
 def _bias(grid, table, tile):
-    """(1, K, K) float32 bias of the scores of one patch and head; 0 without a table."""
-    if table is None:
-        return jnp.zeros((1, 1, 1))
+    """(1, K, K) float32 bias of the scores of one patch and head."""
     index = _bias_index(grid, table, tile)
     x, y, z = (table[axis, :, tile.head][index[axis]] for axis in range(3))
     return (x + y + z)[None]
 
 
-def _shift(q, k, queries, keys, bias):
+def _shift(q, k, queries, keys):
     """(B, K) what to take from each query's scores so that their exponentials are normal numbers.
 
     The largest score lies between the slot's own, which is of its segment, and the product of
     lengths. Where all of these are close, the middle of the two will do, and the largest need not
-    be known, which would take a kernel of its own.
+    be known, which would take a kernel of its own. Either way a constant for the query; but other
+    keys of the patch, whatever their segment, may move its last bits.
     """
-
-    def largest():
-        return (_product(queries, keys) + bias).max(-1)
-
-    if bias.size > 1:
-        return largest()
     own = (q * k).sum(-1)
     bound = jnp.sqrt((q * q).sum(-1) * (k * k).sum(-1).max(-1, keepdims=True))
     close = jnp.all(bound - own < _SPREAD)
-    return jax.lax.cond(close, lambda: 0.5 * (own + bound), largest)
+    return jax.lax.cond(close, lambda: 0.5 * (own + bound), lambda: _product(queries, keys).max(-1))
 
 
 def forward(
@@ -221,9 +214,13 @@ def forward(
         def one(tile, carry):
             out, lse = carry
             q, k, v, on, off = _operands(qkv, marks, tile)
-            queries, keys, bias = _columns(q, on), _columns(k, off), _bias(grid, table, tile)
-            shift = _shift(q, k, queries, keys, bias)
-            scores = _product(_joined(queries), keys) + bias
+            queries, keys = _columns(q, on), _columns(k, off)
+            scores = _product(_joined(queries), keys)
+            if table is None:
+                shift = _shift(q, k, queries, keys)
+            else:
+                scores += _bias(grid, table, tile)
+                shift = scores.max(-1)
             weights = jnp.exp(scores - shift[..., None])
             values = _columns(v, _ones(v)).astype(dtype)
             mixed = jnp.matmul(weights.astype(dtype), values, preferred_element_type=jnp.float32)
@@ -268,18 +265,23 @@ def backward(
             dqkv, dtable = grads
             q, k, v, on, off = _operands(qkv, marks, tile)
             slope, total, fall = (tile.read(x) for x in (g, lse, drop))
-            # The columns at the end take from the scores what is known of each query.
-            queries, keys = _columns(q, on, -total), _columns(k, off, _ones(k))
-            slopes, values = _columns(slope, -fall), _columns(v, _ones(v))
-            bias = _bias(grid, table, tile)
-            by_query = jnp.exp(_product(_joined(queries), keys) + bias)
-            by_query *= _product(slopes, values)
+            if table is None:
+                # The columns at the end take from the scores what is known of each query.
+                queries, keys = _columns(q, on, -total), _columns(k, off, _ones(k))
+                slopes, values = _columns(slope, -fall), _columns(v, _ones(v))
+                more = less = jnp.zeros((1, 1, 1))
+            else:  # where products may round what they multiply
+                queries, keys, slopes, values = _columns(q, on), _columns(k, off), slope, v
+                more, less = _bias(grid, table, tile) - total[..., None], -fall[..., None]
+            by_query = jnp.exp(_product(_joined(queries), keys) + more)
+            by_query *= _product(slopes, values) + less
             if dtable is not None:
                 axes = jnp.arange(3)[:, None, None]
                 index = _bias_index(grid, table, tile)
                 dtable = dtable.at[axes, index, tile.head].add(by_query)
-            weights = jnp.exp(_product(_joined(keys), queries) + jnp.swapaxes(bias, 1, 2))
-            by_key = weights * _product(_joined(values), slopes)
+            more, less = (jnp.swapaxes(x, 1, 2) for x in (more, less))
+            weights = jnp.exp(_product(_joined(keys), queries) + more)
+            by_key = weights * (_product(_joined(values), slopes) + less)
             found = channels**-0.5 * (by_query @ k), by_key @ q, weights @ slope
             for part, grad in enumerate(found):
                 dqkv = tile.write(dqkv, as_bits(grad.astype(dtype)), part)

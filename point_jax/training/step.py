@@ -67,7 +67,8 @@ def make_train_step(
         targets = objective.targets(teacher, rows, pass_key, schedule, axes)
         student = sharding.gather(student, cut["student"], objective.read_as)
 
-        # A block adds its part of the gradient to these as soon as it has it.
+        # A block adds its part of the gradient to these as soon as it has it. (JAX 0.10 fails while
+        # tracing if a loss takes a plain slice of a parameter.)
         total = jax.tree.map(lambda x: jax.new_ref(jnp.zeros_like(x)), student)
 
         def add_piece(_, piece):
