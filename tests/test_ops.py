@@ -73,6 +73,10 @@ def test_a_kernel_read_from_its_stack_is_the_same():
         return submanifold_conv(x, stack[1], *table, kernel)
 
     assert_same(stacked, plain, normal(0, 512, 6), stack)
+    # features in half precision, a kernel that is not
+    half = normal(0, 512, 6).astype(jnp.bfloat16)
+    slopes = jax.grad(lambda x, stack: stacked(x, stack).astype(jnp.float32).sum(), (0, 1))
+    assert [x.dtype for x in jax.eval_shape(slopes, half, stack)] == [jnp.bfloat16, jnp.float32]
 
 
 def test_what_is_not_a_number_reaches_its_neighbours_alone():

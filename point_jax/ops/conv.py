@@ -77,9 +77,13 @@ def submanifold_conv(
 
 def _forward(x, weight, neighbours, count, pairs, stacked):
     side_by_side = partial(_correlate, x, weight, neighbours, count)
-    kernel = stacked or conv_pairs.Kernel(weight[None], 0)
-    by_pairs = partial(conv_pairs.correlate, x, kernel, pairs)
+    by_pairs = partial(conv_pairs.correlate, x, _kernel(weight, stacked), pairs)
     return _by_platform(side_by_side, None if pairs is None else by_pairs)
+
+
+def _kernel(weight, stacked):
+    """What CPUs read taps from: a kernel without a stack is one of its own."""
+    return conv_pairs.Kernel(weight[None], 0) if stacked is None else stacked
 
 
 def _by_platform(side_by_side, by_pairs):
@@ -100,17 +104,16 @@ def _bwd(saved, g):
     x, weight, neighbours, voxel, count, pairs, stacked = saved
     g = jnp.where((voxel < len(x))[:, None], g, 0)
     side_by_side = partial(_gradients, x, weight, neighbours, voxel, count, g)
-    kernel = stacked or conv_pairs.Kernel(weight[None], 0)
-    by_pairs = partial(conv_pairs.gradients, x, kernel, pairs, g)
-    grads = _by_platform(side_by_side, None if pairs is None else by_pairs)
-    return *grads, None, None, None, None, None
+    by_pairs = partial(conv_pairs.gradients, x, _kernel(weight, stacked), pairs, g)
+    grad, of_weight = _by_platform(side_by_side, None if pairs is None else by_pairs)
+    return grad, of_weight.astype(weight.dtype), None, None, None, None, None
 
 
 submanifold_conv.defvjp(_fwd, _bwd)
 
 
 def _gradients(x, weight, neighbours, voxel, count, g, blocks):
-    """Of x (N, C) and of the kernel (T, C, F)."""
+    """Of x (N, C), and of the kernel (T, C, F) in float32."""
     centre = len(neighbours) // 2
     # A representative is read by every row of each voxel around it: by the sum of their gradients.
     # The centre tap stays row by row.
@@ -118,7 +121,7 @@ def _gradients(x, weight, neighbours, voxel, count, g, blocks):
     summed = _sum_duplicates(g, voxel)
     grad = _correlate(summed, transposed, neighbours, count, blocks, voxel)
     grad = (grad + g @ weight[centre].T).astype(x.dtype)
-    return grad, _correlate_weight(x, g, neighbours, count, blocks).astype(weight.dtype)
+    return grad, _correlate_weight(x, g, neighbours, count, blocks)
 
 
 def _sum_duplicates(g: jax.Array, voxel: jax.Array) -> jax.Array:

@@ -97,9 +97,9 @@ def correlate(x: jax.Array, kernel: Kernel, pairs: Pairs) -> jax.Array:
 def gradients(
     x: jax.Array, kernel: Kernel, pairs: Pairs, g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of x (N, C) and of the kernel (T, C, F) for g (N, F), summed in float32.
+    """Gradients of x (N, C), in its dtype, and of the kernel (T, C, F), in float32, for g (N, F).
 
-    That of the kernel is in the precision of x.
+    Both are summed in float32.
     """
     (_, taps, channels, filters), capacity = kernel.stack.shape, len(x)
     size = _block_size(capacity, channels)
@@ -127,4 +127,4 @@ def gradients(
         blank((taps, channels, filters), jnp.float32, g),
     )
     grad, grad_weight = jax.lax.fori_loop(0, taps, one_tap, init)
-    return grad.astype(x.dtype), grad_weight.astype(x.dtype)
+    return grad.astype(x.dtype), grad_weight
