@@ -38,7 +38,10 @@ class OnlineCluster(nnx.Module):
 
     def embed(self, x: jax.Array, count: jax.Array) -> jax.Array:
         """(N, inputs) -> (N, E) float32 of unit length, for the first `count` rows."""
-        return unit(in_turn([self.mlp], x, count))
+        # In two parts, so that the hidden layer is kept: it takes as long to make as the backbone's
+        # MLPs of a level.
+        hidden = in_turn([self.mlp.fc1], x, count)
+        return unit(in_turn([self.mlp.activation, self.mlp.fc2], hidden, count))
 
     def directions(self) -> jax.Array:
         """(Q, E) float32, prototypes of unit length."""
