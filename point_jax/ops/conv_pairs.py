@@ -49,7 +49,8 @@ def _block_size(capacity: int, channels: int) -> int:
 def pairs_done(counts: Sequence[int], capacity: int, channels: int) -> int:
     """Pairs that a product of a whole row multiplies, where each tap has so many.
 
-    The last block of every tap is whole. `correlate` makes one such product, `gradients` two.
+    The last block of every tap is whole. `correlate` makes one such product, `gradients` two, and
+    those of a block for a tap without pairs, which rows of few points alone have.
     """
     size = _block_size(capacity, channels)
     return sum(-(-count // size) for count in counts) * size
@@ -71,27 +72,38 @@ def _read(x, rows):
     return x.at[rows].get(mode="fill", fill_value=0)
 
 
+def _contract(a, i, b, j):
+    """Product of two matrices over dimension i of one and j of the other, summed in float32."""
+    return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def _add(out, rows, values):
     return out.at[rows].add(values, mode="drop")
 
 
+def _over_tap(block, init, pairs, tap, size, first=0):
+    """Folds `block(i, carry)` over the blocks of a tap's pairs, from the `first` on."""
+    taps, capacity = pairs.rows.shape
+    with planned(-(-capacity * _NEIGHBOURS // (taps * size)) - first):
+        return jax.lax.fori_loop(first, -(-pairs.counts[tap] // size), block, init)
+
+
 def correlate(x: jax.Array, kernel: Kernel, pairs: Pairs) -> jax.Array:
     """out[row] += x[read] @ kernel[tap] over all pairs; (N, F), dtype of x, summed in float32."""
-    (*_, channels, filters), capacity = kernel.stack.shape, len(x)
+    (_, taps, channels, filters), capacity = kernel.stack.shape, len(x)
     size = _block_size(capacity, channels)
-    ends = jnp.cumsum(-(-pairs.counts // size))  # blocks up to and with each tap
 
-    def block(i, out):
-        tap = (ends <= i).sum()
-        first = jnp.where(tap > 0, ends[tap - 1], 0)
-        rows, reads = _slots(pairs, tap, i - first, size)
+    def one_tap(tap, out):
         weight = kernel.tap(tap, x.dtype)
-        product = jnp.dot(_read(x, reads), weight, preferred_element_type=jnp.float32)
-        return _add(out, rows, product)
+
+        def block(i, out):
+            rows, reads = _slots(pairs, tap, i, size)
+            return _add(out, rows, _contract(_read(x, reads), 1, weight, 0))
+
+        return _over_tap(block, out, pairs, tap, size)
 
     out = blank((capacity, filters), jnp.float32, x)
-    with planned(-(-capacity * _NEIGHBOURS // size)):
-        return jax.lax.fori_loop(0, ends[-1], block, out).astype(x.dtype)
+    return jax.lax.fori_loop(0, taps, one_tap, out).astype(x.dtype)
 
 
 def gradients(
@@ -105,26 +117,26 @@ def gradients(
     size = _block_size(capacity, channels)
 
     def one_tap(tap, carry):
-        transposed = kernel.tap(tap, x.dtype).T
+        weight = kernel.tap(tap, x.dtype)
 
-        def block(i, carry):
-            grad, total = carry
+        def block(i, grad):
             rows, reads = _slots(pairs, tap, i, size)
             slope = _read(g, rows)
-            back = jnp.dot(slope, transposed, preferred_element_type=jnp.float32)
-            product = jnp.dot(_read(x, reads).T, slope, preferred_element_type=jnp.float32)
-            return _add(grad, reads, back), total + product
+            grad = _add(grad, reads, _contract(slope, 1, weight, 1))
+            return grad, _contract(_read(x, reads), 0, slope, 0)
 
-        grad, grad_weight = carry
-        none = jnp.zeros((channels, filters), jnp.float32)
-        blocks = -(-pairs.counts[tap] // size)
-        with planned(-(-capacity * _NEIGHBOURS // (taps * size))):
-            grad, total = jax.lax.fori_loop(0, blocks, block, (grad, none))
-        return grad, grad_weight.at[tap].set(total)
+        def one_more(i, carry):
+            grad, product = block(i, carry[0])
+            return grad, carry[1] + product
+
+        grad, of_weight = carry
+        # Many taps of coarse levels have a single block: there is nothing to add it to.
+        grad, total = _over_tap(one_more, block(0, grad), pairs, tap, size, first=1)
+        return grad, jax.lax.dynamic_update_index_in_dim(of_weight, total, tap, 0)
 
     init = (
         blank((capacity, channels), jnp.float32, g),
         blank((taps, channels, filters), jnp.float32, g),
     )
-    grad, grad_weight = jax.lax.fori_loop(0, taps, one_tap, init)
-    return grad.astype(x.dtype), grad_weight
+    grad, of_weight = jax.lax.fori_loop(0, taps, one_tap, init)
+    return grad.astype(x.dtype), of_weight
