@@ -130,6 +130,10 @@ def reduce(grads: Tree, cut: Tree, sums: Tree, axes: Sequence[str]) -> tuple[Tre
     Returns:
         The slices of the sums of the gradients, and the sums of `sums`.
     """
+    # A sum over one device is a copy on CPUs.
+    axes = [axis for axis in axes if jax.lax.axis_size(axis) > 1]
+    if not axes:
+        return grads, sums
     leaves, structure = jax.tree.flatten(grads)
     where = jax.tree.leaves(cut)
     parts = [
