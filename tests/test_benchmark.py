@@ -194,14 +194,14 @@ def test_training_steps_go_on_from_one_another(run, monkeypatch):
     ((text, known),) = programs_run
     assert products(text, known) == {
         ("convolution", "forward"): 2,
-        ("convolution", "backward"): 2,
+        ("convolution", "backward"): 2 * 2,  # of a tap's first block, and of the rest
         # scores, mixing, and the scores again where the largest has to be looked for
         ("attention", "forward"): 2 * 3,
         ("attention", "backward"): 7,
         ("mlp", "forward"): 2 * 2,
         ("mlp", "backward"): 2 * 2 + 1,
         ("heads", "forward"): 3 * 2,
-        ("heads", "backward"): 2 * 2 + 1,
+        ("heads", "backward"): 2 * 2,  # their hidden layer is kept
         # stem, conv_linear, qkv, proj; the stem's input has no gradient
         ("projections", "forward"): 2 * 4,
         ("projections", "backward"): 1 + 3 * 2 + 1,

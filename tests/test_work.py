@@ -88,7 +88,7 @@ def test_a_step_needs_the_teacher_once_and_the_student_three_times():
         assert got[part].needed == needed - input_gradient * (part == "projections")
     first, second = 2 * 24 * 32, 2 * 32 * 4  # a point of 8 + 16 channels
     assert got["heads"].needed == (first + second) * (3 * 2 + 3 * 3 + 3 * 1)
-    assert got["heads"].done == 8 * (2 * (first + second) + 2 * (4 * first + 3 * second))
+    assert got["heads"].done == 8 * (2 + 2 * 3) * (first + second)
     scores = 2 * 10 * 4
     assert got["losses"].needed == scores * (3 * 2 + 3 * 3 + 3 * 1)
     # three losses: three steps of Sinkhorn, 2 products forward, 4 backward

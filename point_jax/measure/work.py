@@ -223,9 +223,8 @@ def sonata_work(
         parts.append(network_work(network, levels, trained))
         level, products = levels[-1 - spec.up_cast], TRAINED if trained else FORWARD
         rows = rows_done(level.capacity, level.points)
-        first = _linear(level.points, rows, inputs * hidden, products, int(trained))
-        second = _linear(level.points, rows, hidden * embed, products)
-        parts += [{"heads": first.times(heads)}, {"heads": second.times(heads)}]
+        head = _linear(level.points, rows, inputs * hidden + hidden * embed, products)
+        parts.append({"heads": head.times(heads)})
         score = 2.0 * spec.prototypes
         compared = losses * embeds * points_done(level.capacity, level.points)
         needed = heads * products * embed * level.points

@@ -50,7 +50,7 @@ def pairs_done(counts: Sequence[int], capacity: int, channels: int) -> int:
     """Pairs that a product of a whole row multiplies, where each tap has so many.
 
     The last block of every tap is whole. `correlate` makes one such product, `gradients` two, and
-    those of a block for a tap without pairs, which rows of few points alone have.
+    those of a block for a tap without pairs, as rows of few points or flat ones have.
     """
     size = _block_size(capacity, channels)
     return sum(-(-count // size) for count in counts) * size
