@@ -1,5 +1,6 @@
 """Every primitive against its definition, values and gradients."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,7 +11,9 @@ from test_hierarchy import random_row
 
 from point_jax.geometry.loops import blank
 from point_jax.geometry.neighbours import TAPS
+from point_jax.geometry.pairs import find_pairs
 from point_jax.geometry.patches import build_patches
+from point_jax.models.layers import gelu
 from point_jax.ops import conv, pool
 from point_jax.ops.attention import patch_attention
 from point_jax.ops.conv import submanifold_conv
@@ -97,6 +100,33 @@ def test_convolution_of_a_single_voxel_is_the_centre_tap():
     x, weight = normal(0, 1, 4), normal(1, 27, 4, 3)
     out = submanifold_conv(x, weight, neighbours, jnp.zeros(1, jnp.int32), jnp.int32(1))
     np.testing.assert_allclose(out, x @ weight[TAPS // 2], rtol=1e-6)
+
+
+def test_taps_without_pairs_have_no_gradient():
+    level = random_row(3, False)[0]
+    apart = (jnp.arange(27) % 3 == 1)[:, None]  # a flat cloud: a third of the taps
+    neighbours = jnp.where(apart, level.neighbours, 512)
+    pairs = find_pairs(neighbours)
+    assert (np.asarray(pairs.counts) == 0).sum() == 18
+
+    def ours(x, weight):
+        return submanifold_conv(x, weight, neighbours, level.voxel, level.count, pairs)
+
+    def reference(x, weight):
+        return jnp.einsum("tnc,tcf->nf", pad(x)[neighbours], weight)
+
+    assert_same(ours, reference, normal(0, 512, 6), normal(1, 27, 6, 5))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_is_the_originals_and_rounded_once(dtype):
+    x = jnp.linspace(-8, 8, 4001).astype(dtype)
+    exact = np.asarray(x, np.float64)
+    exact = exact / 2 * np.array([1 + math.erf(value / 2**0.5) for value in exact])
+    error = np.abs(np.asarray(gelu(x), np.float64) - exact)
+    # in bfloat16 at most half a step of its 8 bits
+    bound = 1e-6 if dtype == jnp.float32 else 2.0**-9 * 2 ** np.ceil(np.log2(np.abs(exact) + 1e-9))
+    assert np.all(error <= bound + 1e-6)
 
 
 def test_convolution_skips_blocks_of_padding_even_with_nan():
