@@ -21,7 +21,7 @@ from point_jax.ops.conv_pairs import Kernel
 from point_jax.ops.gather import from_slots, take_rows, to_children, to_slots
 from point_jax.ops.pool import cluster_max, cluster_mean
 from point_jax.ops.rotary import rotate
-from point_jax.ops.rowwise import by_rows
+from point_jax.ops.rowwise import by_rows, update_rows
 
 
 def normal(seed, *shape):
@@ -333,3 +333,45 @@ def test_rows_that_are_not_in_use_reach_no_gradient():
     of_weight, of_x = jax.grad(total, (0, 1))(weight, x)
     np.testing.assert_allclose(of_weight, jnp.tile(x[:200].sum(0)[:, None], (1, 5)), rtol=1e-4)
     assert not of_x[200:].any()
+
+
+@pytest.mark.parametrize("count", [512, 130, 1])
+def test_rows_are_updated_as_if_all_were_at_once(count):
+    fixed = normal(5, 512)
+
+    def layer(weight, x, more, fixed):
+        (y,) = more
+        return jnp.tanh(x + (y @ weight) * fixed[:, None]) * x
+
+    def used(y):
+        return jnp.where((jnp.arange(512) < count)[:, None], y, 0)
+
+    assert_same(
+        lambda weight, x, y: used(update_rows(layer, weight, x, (y,), fixed, jnp.int32(count))),
+        lambda weight, x, y: used(layer(weight, x, (y,), fixed)),
+        normal(1, 5, 6),
+        normal(2, 512, 6),
+        normal(3, 512, 5),
+    )
+
+
+def test_what_rows_not_in_use_hold_reaches_no_updated_row():
+    """500 rows: the last block begins inside the one before, which it must not update again."""
+    weight, fixed = normal(1, 6, 6), jnp.ones(500)
+    x, y = (normal(seed, 500, 6).at[200:].set(jnp.nan) for seed in (2, 3))
+    used = (jnp.arange(500) < 200)[:, None]
+
+    def layer(weight, x, more, fixed):
+        return x + fixed[:, None] * (more @ weight)
+
+    def total(weight, x, y, fixed):
+        out = update_rows(layer, weight, x, y, fixed, jnp.int32(200))
+        return jnp.where(used, out, 0).sum()
+
+    of_weight, of_x, of_y, of_fixed = jax.grad(total, (0, 1, 2, 3))(weight, x, y, fixed)
+    np.testing.assert_allclose(of_weight, jnp.tile(y[:200].sum(0)[:, None], (1, 6)), rtol=1e-4)
+    np.testing.assert_array_equal(of_x, jnp.broadcast_to(used, of_x.shape))
+    assert not of_y[200:].any() and not of_fixed.any()
+    x, y = normal(2, 500, 6), normal(3, 500, 6)
+    out = update_rows(layer, weight, x, y, fixed, jnp.int32(500))
+    np.testing.assert_allclose(out, x + y @ weight, rtol=1e-4, atol=1e-5)

@@ -50,11 +50,11 @@ def test_work_is_what_a_hand_counts():
         "attention": 2 * 2 * (2 * 2) * (10 + 9) + 2 * (2 * 2 * (4 * 4) * (10 + 9)),
     }
     assert {part: counted.done for part, counted in got.items()} == forward
-    # With gradients two more products each, the stem's input but one; conv_linear and the MLP's
-    # first layer once more.
+    # With gradients two more products each, the stem's input but one; conv_linear, proj and the
+    # MLP's first layer once more.
     got = work.network_work(SPEC, levels, trained=True)
     stem, once = 2 * 8 * 9 * 8, 2 * 8 * 64 + 2 * (2 * 4 * 256)
-    projections = 3 * forward["projections"] - stem + once
+    projections = 3 * forward["projections"] - stem + 2 * once
     assert {part: counted.done for part, counted in got.items()} == {
         "projections": projections,
         "mlp": 3.5 * forward["mlp"],
@@ -63,17 +63,17 @@ def test_work_is_what_a_hand_counts():
         # two more scores and two products of slopes with one column more, three gradients
         "attention": forward["attention"] * (10 + 9 + 2 * 11 + 2 * 9 + 3 * 8) / (10 + 9),
     }
-    # All projections of the blocks again, the MLP only if a scale follows.
+    # What attention reads again; the MLP's second layer only if a scale follows.
     again = dataclasses.replace(SPEC, remat=True)
     remade = work.network_work(again, levels, trained=True)
-    assert remade["projections"].done == projections + forward["projections"] - stem
+    assert remade["projections"].done == projections + forward["projections"] - stem - once
     assert {part for part in got if remade[part] != got[part]} == {"projections"}
     every = work.network_work(dataclasses.replace(SPEC, remat=("all",) * 2), levels, trained=True)
     for part in ("convolution", "attention"):
         assert every[part].done == remade[part].done + forward[part]
     scaled = dataclasses.replace(again, layer_scale=0.1)
     more = work.network_work(scaled, levels, trained=True)
-    assert more["mlp"].done == got["mlp"].done + forward["mlp"]
+    assert more["mlp"].done == got["mlp"].done + forward["mlp"] / 2
 
 
 def test_a_step_needs_the_teacher_once_and_the_student_three_times():

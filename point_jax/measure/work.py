@@ -167,24 +167,25 @@ def _block(
 ) -> dict[str, Work]:
     """One block.
 
-    The backward pass of `ops.rowwise` makes again what other layers follow in the same function.
-    With remat (`again`, see `PTv3Spec`) all else is made again, too; where it is "cheap", not the
-    results of convolution and attention, nor those of the MLP, which only a scale after it uses.
+    The backward pass of `ops.rowwise` makes again what others follow in the same function: all
+    layers but the MLP's second one, and that, too, where a scale follows. With remat (`again`, see
+    `PTv3Spec`) what attention reads is made again as well, and where it is not "cheap", the results
+    of convolution and attention.
     """
     channels, hidden = stage.channels, int(stage.channels * spec.mlp_ratio)
     square, products = channels * channels, TRAINED if trained else FORWARD
     remade, everything = int(again != "none"), int(again == "all")
-    scaled = remade if spec.layer_scale is not None else 0
+    scaled = int(trained and spec.layer_scale is not None)
     points, rows = level.points, rows_done(level.capacity, level.points)
     patches, width = patches_used(level.sizes, level.capacity, stage.patch_size)
     slots = math.prod(patch_shape(level.capacity, len(level.sizes), stage.patch_size))
     projections = (
         _linear(points, rows, square, products, trained + remade),  # conv_linear
         _linear(points, rows_done(slots, patches * width), 3 * square, products, remade),  # qkv
-        _linear(points, rows, square, products, remade),  # proj
+        _linear(points, rows, square, products, trained),  # proj
     )
     mlp = (
-        _linear(points, rows, channels * hidden, products, trained + scaled),
+        _linear(points, rows, channels * hidden, products, trained),
         _linear(points, rows, channels * hidden, products, scaled),
     )
     pairs = pairs_done(level.taps, level.capacity, channels)

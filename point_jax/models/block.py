@@ -4,6 +4,7 @@ The equal blocks of a stage are one block with stacked parameters under `lax.sca
 is compiled once however deep it is.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from point_jax.models.layers import (
     layer_scale,
     linear,
     stack,
+    updated,
 )
 from point_jax.models.spec import PTv3Spec, Rotary, StageSpec
 from point_jax.ops.attention import SAVED, patch_attention
@@ -65,7 +67,7 @@ class Block(nnx.Module):
         seen: jax.Array,
         level: Level,
         order: jax.Array,
-        keep: tuple[jax.Array, jax.Array],
+        keep: tuple[jax.Array, ...],
         coord: jax.Array | None,
         motion: Motion | None,
         stacked: Kernel,
@@ -77,18 +79,17 @@ class Block(nnx.Module):
           seen: (N, C) float32, what the convolution reads: x, but see `PTv3Spec.pooling`.
           level: structure of the level.
           order: () int32, which order the patches follow.
-          keep: what drop path multiplies the two branches with, (N,) float32 or () each.
+          keep: what drop path multiplies the two branches with, (N,) float32 each; or nothing.
           coord: (N, 3) float32 metres, and motion of (G, 3): for rotary positions, else None.
           stacked: the convolution's kernel among those of the stage.
         """
         with jax.named_scope("convolution"):
             near = checkpoint_name(self.conv(seen, level, stacked), "convolution_out")
-        x = x + in_turn([self.conv_linear, self.conv_norm], near, level.count)
-        attended = self._attention(x, level, order, coord, motion)
-        x = x + _branch(attended, self.scale1, keep[0])
-        with jax.named_scope("mlp"):
-            changed = in_turn([self.norm2, self.mlp], x, level.count)
-        return x + _branch(changed, self.scale2, keep[1])
+        modules = self.conv_linear, self.conv_norm
+        x = updated(_positioned, modules, x, (near,), (), level.count)
+        mixed = self._attention(x, level, order, coord, motion)
+        modules = self.proj, self.scale1, self.norm2, self.mlp, self.scale2
+        return updated(_branches, modules, x, (mixed,), keep, level.count)
 
     @jax.named_scope("attention")
     def _attention(
@@ -99,6 +100,7 @@ class Block(nnx.Module):
         coord: jax.Array | None,
         motion: Motion | None,
     ) -> jax.Array:
+        """What the points' heads read of their patches, side by side: (N, C)."""
         layout, heads = level.patches[self.stage.patch_size], self.stage.heads
         slot_point, point_slot = layout.slot_point[order], layout.point_slot[order]
         slots = to_slots(x, slot_point, point_slot, layout.point_borrowed[order])
@@ -127,9 +129,7 @@ class Block(nnx.Module):
             table,
         )
         mixed = rearrange(mixed, "s h d -> s (h d)")
-        mixed = from_slots(mixed, slot_point, point_slot)
-        with jax.named_scope("projections"):
-            return in_turn([self.proj], mixed, level.count)
+        return from_slots(mixed, slot_point, point_slot)
 
 
 def bias_bound(patch_size: int) -> int:
@@ -137,11 +137,28 @@ def bias_bound(patch_size: int) -> int:
     return int((4 * patch_size) ** (1 / 3) * 2)
 
 
-def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array) -> jax.Array:
+def _positioned(modules: Sequence[Any], x: jax.Array, near: jax.Array) -> jax.Array:
+    """The residual stream (B, C) with what the convolution saw."""
+    linear, norm = modules
+    return x + norm(linear(near))
+
+
+def _branches(
+    modules: Sequence[Any], x: jax.Array, mixed: jax.Array, *keep: jax.Array
+) -> jax.Array:
+    """The residual stream (B, C) with attention's projection, then with the MLP's branch."""
+    proj, scale1, norm2, mlp, scale2 = modules
+    attention_keep, mlp_keep = keep or (None, None)
+    x = x + _branch(proj(mixed), scale1, attention_keep)
+    with jax.named_scope("mlp"):
+        return x + _branch(mlp(norm2(x)), scale2, mlp_keep)
+
+
+def _branch(y: jax.Array, scale: nnx.Param | None, keep: jax.Array | None) -> jax.Array:
     y = y.astype(jnp.float32)
     if scale is not None:
         y = y * scale[...][None]
-    return y * (keep[:, None] if keep.ndim else keep)
+    return y if keep is None else y * keep[:, None]
 
 
 class Stage(nnx.Module):
@@ -226,15 +243,14 @@ def _motion(rotary: Rotary, depth: int, clouds: int, keys: jax.Array | None) -> 
     return Motion(shift, scale)
 
 
-def _keep(rates: jax.Array, level: Level, keys: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Drop-path factors of a stage's two branches: (depth, N) each, or (depth,) ones without keys.
+def _keep(rates: jax.Array, level: Level, keys: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Drop-path factors of a stage's two branches, (depth, N) each; nothing without keys.
 
     Drop path acts on single points, as upstream. A point's bits depend on its cloud's key and its
     index in the cloud, so not on what else is in the row.
     """
     if keys is None:
-        ones = jnp.ones(rates.shape)
-        return ones, ones
+        return ()
     clouds = keys.shape[0]
     cloud = jnp.minimum(level.cloud, clouds - 1)
     index = jnp.arange(level.cloud.shape[0]) - level.starts[level.cloud]

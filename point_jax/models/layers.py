@@ -1,6 +1,7 @@
 """Layers with the originals' initialisation and precision."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from point_jax.geometry.neighbours import TAPS, offsets
 from point_jax.ops.bfloat16 import dot_general
 from point_jax.ops.conv import submanifold_conv
 from point_jax.ops.conv_pairs import Kernel
-from point_jax.ops.rowwise import by_rows
+from point_jax.ops.rowwise import by_rows, update_rows
 
 _zeros = nnx.initializers.zeros  # kernels get their random values in `functional`
 
@@ -156,6 +157,29 @@ def in_turn(
         return x
 
     return by_rows(apply, params, x, count)
+
+
+def updated(
+    apply: Callable[..., jax.Array],
+    modules: Sequence[Any],
+    x: jax.Array,
+    more: Sequence[jax.Array],
+    fixed: Sequence[jax.Array],
+    count: jax.Array,
+) -> jax.Array:
+    """`apply(modules, x, *more, *fixed)`, new values of x (N, C), see `update_rows`.
+
+    Args:
+      apply: treats every row alone.
+      modules: its modules and parameters; None where it has none.
+      x, more, fixed, count: as for `update_rows`.
+    """
+    graph, params = nnx.split(tuple(modules))
+
+    def run(params, x, more, fixed):
+        return apply(nnx.merge(graph, params), x, *more, *fixed)
+
+    return update_rows(run, params, x, tuple(more), tuple(fixed), count)
 
 
 def stack(build: Callable[[nnx.Rngs], nnx.Module], depth: int) -> nnx.Module:
