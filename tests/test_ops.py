@@ -335,43 +335,30 @@ def test_rows_that_are_not_in_use_reach_no_gradient():
     assert not of_x[200:].any()
 
 
-@pytest.mark.parametrize("count", [512, 130, 1])
-def test_rows_are_updated_as_if_all_were_at_once(count):
-    fixed = normal(5, 512)
+@pytest.mark.parametrize("at_once", [False, True])  # CPUs, accelerators
+@pytest.mark.parametrize(("slots", "count"), [(500, 500), (500, 400), (500, 130), (40, 1)])
+def test_rows_in_use_are_updated_as_if_they_were_alone(slots, count, at_once, monkeypatch):
+    """The last block of 500 rows begins inside the one before; rows not in use hold NaN."""
+    if at_once:
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *, default, cpu: default())
+    weight, slope = normal(1, 5, 6), normal(2, count, 6)
+    arrays = normal(3, slots, 6), normal(4, slots, 5), normal(5, slots)
+    x, y, fixed = (array.at[count:].set(jnp.nan) for array in arrays)
 
     def layer(weight, x, more, fixed):
-        (y,) = more
-        return jnp.tanh(x + (y @ weight) * fixed[:, None]) * x
+        return jnp.tanh(x + (more[0] @ weight) * fixed[:, None]) * x
 
-    def used(y):
-        return jnp.where((jnp.arange(512) < count)[:, None], y, 0)
+    def updated(weight, x, y):
+        out = update_rows(layer, weight, x, (y,), fixed, jnp.int32(count))[:count]
+        return (out * slope).sum(), out
 
-    assert_same(
-        lambda weight, x, y: used(update_rows(layer, weight, x, (y,), fixed, jnp.int32(count))),
-        lambda weight, x, y: used(layer(weight, x, (y,), fixed)),
-        normal(1, 5, 6),
-        normal(2, 512, 6),
-        normal(3, 512, 5),
+    def alone(weight, x, y):
+        out = layer(weight, x[:count], (y[:count],), fixed[:count])
+        return (out * slope).sum(), out
+
+    (grads, out), (wanted, of_all) = (
+        jax.grad(function, (0, 1, 2), has_aux=True)(weight, x, y) for function in (updated, alone)
     )
-
-
-def test_what_rows_not_in_use_hold_reaches_no_updated_row():
-    """500 rows: the last block begins inside the one before, which it must not update again."""
-    weight, fixed = normal(1, 6, 6), jnp.ones(500)
-    x, y = (normal(seed, 500, 6).at[200:].set(jnp.nan) for seed in (2, 3))
-    used = (jnp.arange(500) < 200)[:, None]
-
-    def layer(weight, x, more, fixed):
-        return x + fixed[:, None] * (more @ weight)
-
-    def total(weight, x, y, fixed):
-        out = update_rows(layer, weight, x, y, fixed, jnp.int32(200))
-        return jnp.where(used, out, 0).sum()
-
-    of_weight, of_x, of_y, of_fixed = jax.grad(total, (0, 1, 2, 3))(weight, x, y, fixed)
-    np.testing.assert_allclose(of_weight, jnp.tile(y[:200].sum(0)[:, None], (1, 6)), rtol=1e-4)
-    np.testing.assert_array_equal(of_x, jnp.broadcast_to(used, of_x.shape))
-    assert not of_y[200:].any() and not of_fixed.any()
-    x, y = normal(2, 500, 6), normal(3, 500, 6)
-    out = update_rows(layer, weight, x, y, fixed, jnp.int32(500))
-    np.testing.assert_allclose(out, x + y @ weight, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, of_all, rtol=1e-4, atol=1e-5)
+    for grad, want in zip(grads, wanted, strict=True):  # zeros in the rows that are not in use
+        np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4)

@@ -50,8 +50,7 @@ def calibrate(dtype: str, size: int | None = None) -> float:
 def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
     """A function that multiplies two square matrices and returns the FLOP/s, the best of five.
 
-    On CPUs the first product after something else takes up to 60 % longer: its matrices are
-    no longer in the caches.
+    On CPUs the first product after a training step took 20 to 60 % longer than the next ones.
 
     Args:
       dtype: of the matrices.

@@ -158,7 +158,7 @@ def update_rows(
       count: () int32, rows in use, the first ones.
 
     Returns:
-      (N, C); the rows from `count` on mean nothing, but are finite where x is.
+      (N, C); the rows from `count` on mean nothing, but are finite where all that is given is.
     """
     return _update(apply, params, x, more, fixed, count)
 
@@ -206,7 +206,8 @@ def _update_bwd(apply, saved, g):
             return jax.tree.map(jnp.add, total, of_params), _write(grads, rows, start)
 
         # Not in the place of the result's gradient: XLA would copy all of it in every turn.
-        grads = jax.tree.map(lambda y: as_bits(blank(y.shape, y.dtype, y)), (x, more))
+        of_more = jax.tree.map(lambda y: as_bits(blank(y.shape, y.dtype, y)), more)
+        grads = as_bits(blank(x.shape, x.dtype, g)), of_more
         init = jax.tree.map(jnp.zeros_like, params), grads
         of_params, of_rows = over_blocks(block, init, len(x), size, count)
         return of_params, *jax.tree.map(of_bits, of_rows)
