@@ -70,10 +70,20 @@ def _write(arrays, values, start):
     return jax.tree.map(one, arrays, values)
 
 
-def _new(start, i, size, count):
-    """(size,) bool, which rows of block i no block before it has had."""
-    rows = start + jnp.arange(size)
-    return (rows >= i * size) & (rows < count)
+def _over_rows(body, init, slots, count):
+    """Folds `body(start, size, new, carry)` over the blocks of rows in use.
+
+    The last block overlaps the one before it. `new` (size,) bool is which rows are in use and have
+    been in no block before.
+    """
+    size = _block_size(slots)
+
+    def block(i, carry):
+        start = jnp.minimum(i * size, slots - size)
+        rows = start + jnp.arange(size)
+        return body(start, size, (rows >= i * size) & (rows < count), carry)
+
+    return over_blocks(block, init, slots, size, count)
 
 
 def _where(which, values, others):
@@ -89,18 +99,44 @@ def _masked(which, values):
     return _where(which, values, jax.tree.map(lambda _: 0, values))
 
 
+def _gradients(apply, params, rows, fixed, count, g):
+    """Of params and of rows, where the result of `apply(params, rows, fixed)` has gradient g."""
+
+    def backward(which, rows, fixed, g):
+        rows, fixed, g = _masked(which, (rows, fixed, g))
+        return jax.vjp(lambda *inputs: apply(*inputs, fixed), params, rows)[1](g)
+
+    def in_blocks():
+        def block(start, size, new, carry):
+            total, grads = carry
+            of_params, of_rows = backward(new, *_slice((rows, fixed, g), start, size))
+            of_rows = _where(new, jax.tree.map(as_bits, of_rows), _slice(grads, start, size))
+            return jax.tree.map(jnp.add, total, of_params), _write(grads, of_rows, start)
+
+        # Not in the place of g, all of which XLA would copy in every turn. Zeros of one shape hang
+        # on different arrays, so that they are not made once and copied.
+        leaves, tree = jax.tree.flatten(rows)
+        near = zip(leaves, [g, *leaves[1:]], strict=True)
+        grads = tree.unflatten([as_bits(blank(x.shape, x.dtype, y)) for x, y in near])
+        init = jax.tree.map(jnp.zeros_like, params), grads
+        of_params, of_rows = _over_rows(block, init, len(g), count)
+        return of_params, jax.tree.map(of_bits, of_rows)
+
+    def at_once():
+        return backward(jnp.arange(len(g)) < count, rows, fixed, g)
+
+    return jax.lax.platform_dependent(cpu=in_blocks, default=at_once)
+
+
 def _forward(apply, params, x, count):
     def in_blocks():
-        size = _block_size(len(x))
-
-        def block(i, out):
-            # The last block overlaps the one before it and writes the same values again.
-            start = jnp.minimum(i * size, len(x) - size)
+        def block(start, size, new, out):
+            del new  # what the block before has in common with the last one comes out the same
             return _write(out, as_bits(apply(params, _slice(x, start, size))), start)
 
         whole = jax.eval_shape(apply, params, x)
         out = as_bits(blank(whole.shape, whole.dtype, x))
-        return of_bits(over_blocks(block, out, len(x), size, count))
+        return of_bits(_over_rows(block, out, len(x), count))
 
     return jax.lax.platform_dependent(cpu=in_blocks, default=lambda: apply(params, x))
 
@@ -111,28 +147,7 @@ def _fwd(apply, params, x, count):
 
 def _bwd(apply, saved, g):
     params, x, count = saved
-
-    def in_blocks():
-        size = _block_size(len(x))
-
-        def block(i, carry):
-            total, grad = carry
-            start = jnp.minimum(i * size, len(x) - size)
-            new = _new(start, i, size, count)
-            _, backward = jax.vjp(apply, params, _masked(new, _slice(x, start, size)))
-            of_params, of_rows = backward(_masked(new, _slice(g, start, size)))
-            of_rows = _where(new, as_bits(of_rows), _slice(grad, start, size))
-            return jax.tree.map(jnp.add, total, of_params), _write(grad, of_rows, start)
-
-        init = jax.tree.map(jnp.zeros_like, params), as_bits(blank(x.shape, x.dtype, g))
-        of_params, of_rows = over_blocks(block, init, len(x), size, count)
-        return of_params, of_bits(of_rows)
-
-    def at_once():
-        used = jnp.arange(len(x)) < count
-        return jax.vjp(apply, params, _masked(used, x))[1](_masked(used, g))
-
-    return *jax.lax.platform_dependent(cpu=in_blocks, default=at_once), None
+    return *_gradients(lambda params, x, _: apply(params, x), params, x, (), count, g), None
 
 
 by_rows.defvjp(_fwd, _bwd)
@@ -165,17 +180,13 @@ def update_rows(
 
 def _update(apply, params, x, more, fixed, count):
     def in_blocks():
-        size = _block_size(len(x))
-
-        def block(i, out):
-            start = jnp.minimum(i * size, len(x) - size)
+        def block(start, size, new, out):
             old = _slice(out, start, size)
             rows = of_bits(old), *_slice((more, fixed), start, size)
             # What the block before has in common with the last one is there already.
-            new = _where(_new(start, i, size, count), as_bits(apply(params, *rows)), old)
-            return _write(out, new, start)
+            return _write(out, _where(new, as_bits(apply(params, *rows)), old), start)
 
-        return of_bits(over_blocks(block, as_bits(x), len(x), size, count))
+        return of_bits(_over_rows(block, as_bits(x), len(x), count))
 
     def at_once():
         return apply(params, x, more, fixed)
@@ -190,32 +201,11 @@ def _update_fwd(apply, params, x, more, fixed, count):
 def _update_bwd(apply, saved, g):
     params, x, more, fixed, count = saved
 
-    def backward(which, x, more, fixed, g):
-        x, more, fixed, g = _masked(which, (x, more, fixed, g))
-        return jax.vjp(lambda *rows: apply(*rows, fixed), params, x, more)[1](g)
+    def joined(params, rows, fixed):
+        return apply(params, *rows, fixed)
 
-    def in_blocks():
-        size = _block_size(len(x))
-
-        def block(i, carry):
-            total, grads = carry
-            start = jnp.minimum(i * size, len(x) - size)
-            new = _new(start, i, size, count)
-            of_params, *of_rows = backward(new, *_slice((x, more, fixed, g), start, size))
-            rows = _where(new, jax.tree.map(as_bits, tuple(of_rows)), _slice(grads, start, size))
-            return jax.tree.map(jnp.add, total, of_params), _write(grads, rows, start)
-
-        # Not in the place of the result's gradient: XLA would copy all of it in every turn.
-        of_more = jax.tree.map(lambda y: as_bits(blank(y.shape, y.dtype, y)), more)
-        grads = as_bits(blank(x.shape, x.dtype, g)), of_more
-        init = jax.tree.map(jnp.zeros_like, params), grads
-        of_params, of_rows = over_blocks(block, init, len(x), size, count)
-        return of_params, *jax.tree.map(of_bits, of_rows)
-
-    def at_once():
-        return backward(jnp.arange(len(x)) < count, x, more, fixed, g)
-
-    return *jax.lax.platform_dependent(cpu=in_blocks, default=at_once), None, None
+    of_params, (of_x, of_more) = _gradients(joined, params, (x, more), fixed, count, g)
+    return of_params, of_x, of_more, None, None
 
 
 update_rows.defvjp(_update_fwd, _update_bwd)
