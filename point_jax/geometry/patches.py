@@ -14,6 +14,7 @@ attention gathers straight from a row and back.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -81,8 +82,7 @@ def build_patches(
     num_patches, wide = patch_shape(capacity, clouds, patch_size)
     slots = num_patches * wide
     size = jnp.diff(starts)
-    narrow, width = _choose_width(size, capacity, patch_size)
-    base, used = _place_clouds(size, width)
+    narrow, width, base, used = _place_clouds(size, capacity, patch_size)
 
     position = jnp.arange(capacity, dtype=jnp.int32)
     valid = cloud < clouds
@@ -111,39 +111,42 @@ def build_patches(
 
 def patches_used(sizes: Sequence[int], capacity: int, patch_size: int) -> tuple[int, int]:
     """(patches in use, slots of each) of the layout of a row whose clouds have these sizes."""
-    size = jnp.asarray(sizes, jnp.int32)
-    _, width = _choose_width(size, capacity, patch_size)
-    _, used = _place_clouds(size, width)
+    _, width, _, used = _place_clouds(jnp.asarray(sizes, jnp.int32), capacity, patch_size)
     return int(used), int(width)
 
 
-def _choose_width(
+@partial(jax.jit, static_argnums=(1, 2))
+def _place_clouds(
     size: jax.Array, capacity: int, patch_size: int
-) -> tuple[jax.Array | None, jax.Array]:
-    """Whether patches are narrow, None where they never are; and their width."""
+) -> tuple[jax.Array | None, jax.Array, jax.Array, jax.Array]:
+    """Whether patches are narrow, None where they never are; their width; and `_pack` for it."""
     clouds = len(size)
     num_patches, wide = patch_shape(capacity, clouds, patch_size)
     # Worth compiling where clouds may be short: not a lone one, nor views of many patches each.
     if clouds == 1 or capacity >= 2 * clouds * patch_size or wide % NARROW:
-        return None, jnp.int32(wide)
-    _, needed = _place_clouds(size, jnp.int32(wide // NARROW))
-    narrow = (size.max() <= wide // NARROW) & (needed <= num_patches * NARROW)
-    return narrow, jnp.where(narrow, wide // NARROW, wide)
+        width = jnp.int32(wide)
+        return None, width, *_pack(size, width)
+    widths = jnp.array([wide, wide // NARROW], jnp.int32)
+    bases, used = jax.vmap(_pack, (None, 0))(size, widths)
+    narrow = (size.max() <= wide // NARROW) & (used[1] <= num_patches * NARROW)
+    chosen = narrow.astype(jnp.int32)
+    return narrow, widths[chosen], bases[chosen], used[chosen]
 
 
-@jax.jit
-def _place_clouds(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pack(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width
     padded = jnp.where(long, -(-size // width) * width, 0)
     long_base = jnp.cumsum(padded) - padded
 
-    def place(cursor, this):
-        size, long = this
-        size = jnp.where(long, 0, size)
-        cursor = jnp.where(cursor % width + size > width, -(-cursor // width) * width, cursor)
-        return cursor + size, cursor
+    def place(carry, size):
+        cursor, filled = carry  # the next slot, and how much of its patch is taken
+        full = filled + size > width
+        cursor = jnp.where(full, cursor + width - filled, cursor)
+        filled = jnp.where(full, size, filled + size)
+        return (cursor + size, filled), cursor
 
     few = min(len(size), 16)  # no loop then: a kernel instead of some for every cloud
-    end, short_base = jax.lax.scan(place, padded.sum(), (size, long), unroll=few)
+    init = padded.sum(), jnp.zeros_like(width)
+    (end, _), short_base = jax.lax.scan(place, init, jnp.where(long, 0, size), unroll=few)
     return jnp.where(long, long_base, short_base), -(-end // width)

@@ -84,6 +84,7 @@ def clip_by_global_norm(
     """
     norm = jnp.sqrt(total(jax.tree.map(lambda grad: (grad * grad).sum(), grads))) / count
     factor = jnp.minimum(1.0, limit / (norm + 1e-6)) / count
+    factor, norm = in_place(factor, norm)  # not made again in the kernels of every leaf
     return jax.tree.map(lambda grad: grad * factor, grads), norm
 
 
@@ -126,6 +127,10 @@ def adamw(
     count, lr, beta1 = jnp.asarray(count), jnp.asarray(lr), jnp.asarray(beta1)
     correction1 = -jnp.expm1(count * jnp.log(beta1))
     correction2 = -jnp.expm1(count * math.log(beta2))
+    # Else the kernels of every leaf make these again.
+    lr, beta1, good, correction1, correction2 = in_place(
+        lr, beta1, jnp.asarray(good), correction1, correction2
+    )
 
     def update(p: jax.Array, g: jax.Array, m: jax.Array, v: jax.Array, scale: np.ndarray):
         # The barriers keep XLA from making a moment again wherever it is read: it would need the
