@@ -53,7 +53,7 @@ from point_jax.measure.inputs import Input, file_input, room_input
 from point_jax.measure.report import calibration_text, record_text
 from point_jax.measure.room import SMALLEST
 from point_jax.measure.runs import measure
-from point_jax.measure.timing import calibrate
+from point_jax.measure.timing import machine_speed
 from point_jax.objectives.settings import sonata_spec
 from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> int:
     dtypes = list(dict.fromkeys(("float32", given.dtype)))
 
     def calibration(when: str) -> None:
-        about["calibration"][when] = {dtype: calibrate(dtype) for dtype in dtypes}
+        about["calibration"][when] = {dtype: machine_speed(dtype)() for dtype in dtypes}
         print(calibration_text(when, about), flush=True)
 
     calibration("before")

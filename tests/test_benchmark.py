@@ -56,7 +56,9 @@ def run(tmp_path, capsys, monkeypatch, quick_compilation):
 
     What is measured is of no interest here.
     """
-    monkeypatch.setattr(benchmark, "calibrate", functools.partial(timing.calibrate, size=64))
+    monkeypatch.setattr(
+        benchmark, "machine_speed", functools.partial(timing.machine_speed, size=64)
+    )
 
     def start(*flags: str, starts: int = 1):
         """`starts`: how often the program is really made; then what was made is taken again."""

@@ -42,11 +42,6 @@ class Made(NamedTuple):
     from_cache: bool
 
 
-def calibrate(dtype: str, size: int | None = None) -> float:
-    """What a function of `machine_speed` returns."""
-    return machine_speed(dtype, size)()
-
-
 def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
     """A function that multiplies two square matrices and returns the FLOP/s, the best of five.
 
