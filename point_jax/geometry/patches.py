@@ -89,7 +89,7 @@ def build_patches(
     within = position - starts[cloud]  # index in its own cloud
     base, size = jnp.append(base, 0)[cloud], jnp.append(size, 0)[cloud]
     own = jnp.where(valid, base + within, slots)
-    rest = size % width
+    rest = jax.lax.rem(size, width)  # `%` and `//` have cases for negative numbers besides
     lends = valid & (size > width) & (within >= size - width) & (within < size - rest) & (rest > 0)
     borrowed = jnp.where(lends, own + width, slots)
 
@@ -136,7 +136,7 @@ def _place_clouds(
 def _pack(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width
-    padded = jnp.where(long, -(-size // width) * width, 0)
+    padded = jnp.where(long, _patches(size, width) * width, 0)
     long_base = jnp.cumsum(padded) - padded
 
     def place(carry, size):
@@ -149,4 +149,9 @@ def _pack(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     few = min(len(size), 16)  # no loop then: a kernel instead of some for every cloud
     init = padded.sum(), jnp.zeros_like(width)
     (end, _), short_base = jax.lax.scan(place, init, jnp.where(long, 0, size), unroll=few)
-    return jnp.where(long, long_base, short_base), -(-end // width)
+    return jnp.where(long, long_base, short_base), _patches(end, width)
+
+
+def _patches(slots: jax.Array, width: jax.Array) -> jax.Array:
+    """How many patches so many slots are."""
+    return jax.lax.div(slots + width - 1, width)
