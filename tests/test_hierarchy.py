@@ -11,6 +11,7 @@ from golden import build_hierarchy_jit, clouds_of, level_key, load, make_row, vo
 from point_jax.geometry.curves import CURVES, curve_depth, encode
 from point_jax.geometry.hierarchy import HierarchySpec, sort_row
 from point_jax.geometry.neighbours import offsets
+from point_jax.geometry.patches import build_patches
 
 encode_jit = jax.jit(encode, static_argnames="curve")
 
@@ -253,6 +254,42 @@ def test_a_row_of_clouds_longer_than_a_patch_borrows_and_short_ones_share():
     assert full < int(layout.used)
     for p in np.asarray(layout.segment).reshape(-1, 48)[:full]:
         assert len(set(p)) == 1 and p[0] >= 0
+
+
+def placed_by_hand(sizes, width):
+    """Cloud of every slot: long ones in patches of their own, then the short ones in turn."""
+    slots = [c for c, n in enumerate(sizes) if n > width for _ in range(-(-n // width) * width)]
+    for c, n in enumerate(sizes):
+        if n <= width:
+            left = -len(slots) % width
+            slots += [-1] * (left if n > left else 0) + [c] * n
+    return slots + [-1] * (-len(slots) % width)
+
+
+@pytest.mark.parametrize("clouds", [1, 2, 6, 20])  # 20: in a loop
+def test_clouds_are_placed_in_turn_and_narrowly_if_all_are_short(clouds):
+    capacity, wide = 80, 16
+    order = jnp.arange(capacity, dtype=jnp.int32)[None]
+    build = jax.jit(lambda cloud, starts: build_patches(order, order, cloud, starts, wide))
+    rng, kinds = np.random.default_rng(clouds), set()
+    for _ in range(100):
+        sizes = rng.integers(0, rng.choice([wide // 4 + 1, wide, wide + 1, capacity]), clouds)
+        sizes *= rng.random(clouds) < rng.choice([0.1, 1.0])
+        while sizes.sum() > capacity:
+            sizes[sizes.argmax()] //= 2
+        cloud = np.repeat(np.arange(clouds + 1), [*sizes, capacity - sizes.sum()])
+        starts = np.append(0, np.cumsum(sizes))
+        layout = build(jnp.asarray(cloud, jnp.int32), jnp.asarray(starts, jnp.int32))
+        few = placed_by_hand(sizes, wide // 4)
+        narrow = layout.narrow is not None and max(sizes) <= wide // 4
+        narrow = narrow and len(few) <= len(layout.segment)
+        want = few if narrow else placed_by_hand(sizes, wide)
+        assert layout.narrow is None or bool(layout.narrow) == narrow
+        assert int(layout.used_slots) == len(want)
+        segment = np.asarray(layout.segment)
+        np.testing.assert_array_equal(segment, want + [-1] * (len(segment) - len(want)))
+        kinds.add((narrow, bool((sizes > wide).any())))
+    assert len(kinds) == (2 if clouds == 1 or capacity >= 2 * clouds * wide else 3)
 
 
 def test_a_spec_with_too_many_clouds_says_so():
