@@ -17,11 +17,15 @@ class Pairs:
       rows: (T, N) int32, the rows that have a neighbour at each tap, ascending; 0 from `counts` on.
       reads: (T, N) int32, that neighbour; 0 from `counts` on.
       counts: (T,) int32.
+      taps: (T,) int32, the taps that have pairs, ascending; 0 from `used` on.
+      used: () int32, how many these are.
     """
 
     rows: jax.Array
     reads: jax.Array
     counts: jax.Array
+    taps: jax.Array
+    used: jax.Array
 
 
 def find_pairs(neighbours: jax.Array) -> Pairs:
@@ -29,5 +33,6 @@ def find_pairs(neighbours: jax.Array) -> Pairs:
     capacity = neighbours.shape[1]
     rows, counts = jax.vmap(lambda row: compact(row < capacity, capacity))(neighbours)
     reads = jnp.take_along_axis(neighbours, rows, axis=1)
-    used = jnp.arange(capacity)[None] < counts[:, None]
-    return Pairs(rows, jnp.where(used, reads, 0), counts)
+    exist = jnp.arange(capacity)[None] < counts[:, None]
+    taps, used = compact(counts > 0, len(counts))
+    return Pairs(rows, jnp.where(exist, reads, 0), counts, taps, used)

@@ -49,8 +49,7 @@ def _block_size(capacity: int, channels: int) -> int:
 def pairs_done(counts: Sequence[int], capacity: int, channels: int) -> int:
     """Pairs that a product of a whole row multiplies, where each tap has so many.
 
-    The last block of every tap is whole. `correlate` makes one such product, `gradients` two, and
-    those of a block for a tap without pairs, as rows of few points or flat ones have.
+    The last block of every tap is whole. `correlate` makes one such product, `gradients` two.
     """
     size = _block_size(capacity, channels)
     return sum(-(-count // size) for count in counts) * size
@@ -88,9 +87,15 @@ def _over_tap(block, init, pairs, tap, size, first=0):
         return jax.lax.fori_loop(first, -(-pairs.counts[tap] // size), block, init)
 
 
+def _over_taps(one_tap, init, pairs):
+    """Folds `one_tap(tap, carry)` over the taps with pairs; small or flat clouds lack some."""
+    with planned(len(pairs.taps)):
+        return jax.lax.fori_loop(0, pairs.used, lambda i, c: one_tap(pairs.taps[i], c), init)
+
+
 def correlate(x: jax.Array, kernel: Kernel, pairs: Pairs) -> jax.Array:
     """out[row] += x[read] @ kernel[tap] over all pairs; (N, F), dtype of x, summed in float32."""
-    (_, taps, channels, filters), capacity = kernel.stack.shape, len(x)
+    (*_, channels, filters), capacity = kernel.stack.shape, len(x)
     size = _block_size(capacity, channels)
 
     def one_tap(tap, out):
@@ -103,7 +108,7 @@ def correlate(x: jax.Array, kernel: Kernel, pairs: Pairs) -> jax.Array:
         return _over_tap(block, out, pairs, tap, size)
 
     out = blank((capacity, filters), jnp.float32, x)
-    return jax.lax.fori_loop(0, taps, one_tap, out).astype(x.dtype)
+    return _over_taps(one_tap, out, pairs).astype(x.dtype)
 
 
 def gradients(
@@ -138,5 +143,5 @@ def gradients(
         blank((capacity, channels), jnp.float32, g),
         blank((taps, channels, filters), jnp.float32, g),
     )
-    grad, of_weight = jax.lax.fori_loop(0, taps, one_tap, init)
+    grad, of_weight = _over_taps(one_tap, init, pairs)
     return grad.astype(x.dtype), of_weight
