@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from point_jax.geometry.hierarchy import build_hierarchy, sort_row
+from point_jax.geometry.pairs import find_pairs
 from point_jax.geometry.patches import patches_used
 from point_jax.measure import work
 from point_jax.models.spec import PTv3Spec, StageSpec
@@ -200,6 +201,11 @@ def test_loops_run_as_often_as_is_counted(row, monkeypatch):
     done = conv_pairs.pairs_done(count(row[0]).taps, 256, 4)
     assert sum(blocks(conv_pairs.correlate, x, kernel, pairs)) == done
     assert sum(blocks(conv_pairs.gradients, x, kernel, pairs, x)) == done
+    lonely = find_pairs(jnp.where(jnp.arange(27)[:, None] == 13, jnp.arange(256)[None], 256))
+    done = conv_pairs.pairs_done(tuple(lonely.counts), 256, 4)
+    assert done == 256  # nothing for taps without pairs
+    assert sum(blocks(conv_pairs.correlate, x, kernel, lonely)) == done
+    assert sum(blocks(conv_pairs.gradients, x, kernel, lonely, x)) == done
     for level, patch_size in zip(row, (16, 512), strict=True):
         counted, layout = count(level), level.patches[patch_size]
         rest = layout.segment, layout.narrow, layout.used
