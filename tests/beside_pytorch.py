@@ -72,8 +72,7 @@ def stand_ins(torch):
 
     def attention(qkv, starts, max_seqlen, dropout_p, softmax_scale):
         # One cloud: whole patches, or one of its own length.
-        length = len(qkv) if len(qkv) < max_seqlen else max_seqlen
-        patches = qkv.reshape(-1, length, *qkv.shape[1:])
+        patches = qkv.reshape(-1, min(len(qkv), max_seqlen), *qkv.shape[1:])
         q, k, v = patches.permute(2, 0, 3, 1, 4)
         product = nn.functional.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
         return product.transpose(1, 2).reshape(-1, *qkv.shape[2:])
