@@ -23,6 +23,14 @@ def planned(times: int) -> contextlib.AbstractContextManager[object]:
     return jax.named_scope(f"planned_{times}")
 
 
+def blocks_of(count: jax.Array, size: int | jax.Array) -> jax.Array:
+    """How many blocks of `size` hold `count` rows; int32, neither is negative.
+
+    `//` would round towards minus infinity: more instructions, in every loop of a program.
+    """
+    return jax.lax.div(count + (size - 1), jnp.int32(size))
+
+
 def over_blocks(
     body: Callable[[jax.Array, Carry], Carry], init: Carry, rows: int, size: int, count: jax.Array
 ) -> Carry:
@@ -36,7 +44,7 @@ def over_blocks(
       count: () int32, rows in use, the first ones.
     """
     with planned(-(-rows // size)):
-        return jax.lax.fori_loop(0, -(-count // size), body, init)
+        return jax.lax.fori_loop(0, blocks_of(count, size), body, init)
 
 
 def products(operations: int) -> contextlib.AbstractContextManager[object]:

@@ -19,6 +19,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from point_jax.geometry.loops import blocks_of
+
 NARROW = 4  # how many narrow patches a patch makes
 
 
@@ -136,7 +138,7 @@ def _place_clouds(
 def _pack(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     """First slot of every cloud, long clouds first, then short ones; and patches in use."""
     long = size > width
-    padded = jnp.where(long, _patches(size, width) * width, 0)
+    padded = jnp.where(long, blocks_of(size, width) * width, 0)
     long_base = jnp.cumsum(padded) - padded
 
     def place(carry, size):
@@ -149,9 +151,4 @@ def _pack(size: jax.Array, width: jax.Array) -> tuple[jax.Array, jax.Array]:
     few = min(len(size), 16)  # no loop then: a kernel instead of some for every cloud
     init = padded.sum(), jnp.zeros_like(width)
     (end, _), short_base = jax.lax.scan(place, init, jnp.where(long, 0, size), unroll=few)
-    return jnp.where(long, long_base, short_base), _patches(end, width)
-
-
-def _patches(slots: jax.Array, width: jax.Array) -> jax.Array:
-    """How many patches so many slots are."""
-    return jax.lax.div(slots + width - 1, width)
+    return jnp.where(long, long_base, short_base), blocks_of(end, width)

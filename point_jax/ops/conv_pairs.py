@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from point_jax.geometry.loops import blank, planned
+from point_jax.geometry.loops import blank, blocks_of, planned
 from point_jax.geometry.pairs import Pairs
 
 _NEIGHBOURS = 14  # of 27 that a point of a room has, at most levels less
@@ -84,7 +84,7 @@ def _over_tap(block, init, pairs, tap, size, first=0):
     """Folds `block(i, carry)` over the blocks of a tap's pairs, from the `first` on."""
     taps, capacity = pairs.rows.shape
     with planned(-(-capacity * _NEIGHBOURS // (taps * size)) - first):
-        return jax.lax.fori_loop(first, -(-pairs.counts[tap] // size), block, init)
+        return jax.lax.fori_loop(first, blocks_of(pairs.counts[tap], size), block, init)
 
 
 def _over_taps(one_tap, init, pairs):
