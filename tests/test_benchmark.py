@@ -86,6 +86,11 @@ def check(content, what: str) -> dict:
     """The single record of a run, whose parts add up."""
     assert set(content) == {"environment", "settings", "records"}
     assert set(content["environment"]["calibration"]) == {"before", "after"}
+    exchanges = content["environment"]["exchange_s"]
+    if content["environment"]["cores"] > 1:
+        assert set(exchanges) == {"before", "after"} and min(exchanges.values()) > 0
+    else:
+        assert not exchanges
     assert content["settings"]["what"] == what
     (record,) = content["records"]
     assert set(record) == RECORD and set(record["memory"]) == MEMORY

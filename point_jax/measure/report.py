@@ -8,9 +8,12 @@ _FLOP = ("flop_needed", "flop_done")
 
 
 def calibration_text(when: str, about: Mapping[str, Any]) -> str:
-    """One line: the speed of a matrix product before or after the runs, and on what."""
+    """One line: the machine's speed before or after the runs, and what it is."""
     speeds = about["calibration"][when].items()
     listed = ", ".join(f"{dtype} {speed * 1e-9:.1f} GFLOP/s" for dtype, speed in speeds)
+    exchange = about["exchange_s"].get(when)
+    if exchange is not None:
+        listed += f", exchange between cores {exchange * 1e6:.1f} us"
     where = f"{about['platform']} ({about['device_kind']}), {about['devices']} device(s)"
     machine = f"; {where}, {about['cores']} cores, jax {about['versions']['jax']}"
     return f"matrix product {when}: {listed}{machine if when == 'before' else ''}"

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 _WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
 
 
-class _Caller:
+class Caller:
     """Calls a compiled program, each time with the state that the call before has left."""
 
     def __init__(self, program: Program, compiled: Any) -> None:
@@ -72,7 +72,7 @@ def measure(
         if program.settings:
             kept = start_kept(program.function, program.settings, described)
             second = second if math.isnan(kept) else kept
-        call = _Caller(program, made.compiled)
+        call = Caller(program, made.compiled)
         _, peak = measure_peak(call, jax.local_devices()[0])
         for _ in range(warmup - 1):
             seconds(call)

@@ -16,6 +16,8 @@ from point_jax.training import programs
 # Edge of the matrices: a product that takes longer than its start.
 CALIBRATION, _ON_ACCELERATORS = 2048, 8192
 _TRIES = 5
+# Of `exchange_time`: float32 numbers that XLA cuts in two for two cores, and how often they turn.
+_EXCHANGED, _TURNS = 1 << 17, 400
 
 # A program of another process may be the same but for the names of its scopes.
 _CACHE = {
@@ -59,6 +61,23 @@ def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
     return lambda: (
         2 * size**3 / min(seconds(lambda: product(matrix, matrix))[1] for _ in range(_TRIES))
     )
+
+
+def exchange_time() -> Callable[[], float]:
+    """A function that says in how many seconds two cores read what the other one wrote.
+
+    A loop turns an array of half a megabyte around: a kernel in two halves, one a core, and either
+    reads what the other half was. How far cores are apart changes from minute to minute where a
+    virtual machine's are moved; products of large matrices hardly feel that, short kernels do.
+    """
+    array = jnp.ones(_EXCHANGED, jnp.float32)
+
+    def turn(_, x):
+        return 0.5 * jnp.flip(x) + 1
+
+    loop = jax.jit(lambda x: jax.lax.fori_loop(0, _TURNS, turn, x)).lower(array).compile()
+    jax.block_until_ready(loop(array))
+    return lambda: min(seconds(lambda: loop(array))[1] for _ in range(_TRIES)) / _TURNS
 
 
 def seconds(call: Callable[[], Any]) -> tuple[Any, float]:
