@@ -1,0 +1,245 @@
+"""The released PyTorch encoder on a CPU, and a training step of Sonata around it.
+
+The code at https://github.com/facebookresearch/sonata is run as it is, with random weights. What of
+it needs CUDA or a package besides PyTorch has a stand-in of PyTorch's own operations:
+`scaled_dot_product_attention`, a convolution tap by tap, `segment_reduce`.
+"""
+
+import copy
+import itertools
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from point_jax.measure.inputs import Input
+
+ORDERS = ("z", "z-trans", "hilbert", "hilbert-trans")
+GLOBAL, LOCAL = (8000, 8000), (3000, 3000, 3000, 3000)
+PROTOTYPES, SINKHORN_STEPS = 4096, 3
+STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.07
+MASKED, MOMENTUM, CLIP = 0.5, 0.994, 3.0
+
+
+class SparseConvTensor:
+    """Features and their voxels; the pairs of each level are found once."""
+
+    def __init__(self, features, indices, spatial_shape, batch_size, pairs=None):
+        self.features, self.indices, self.shape = features, indices, (spatial_shape, batch_size)
+        self.pairs = {} if pairs is None else pairs
+
+    def replace_feature(self, features):
+        return SparseConvTensor(features, self.indices, *self.shape, self.pairs)
+
+
+class SubMConv3d(nn.Module):
+    def __init__(self, inputs, outputs, kernel_size, bias, indice_key):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(kernel_size**3, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.level = indice_key
+
+    def forward(self, sparse):
+        if self.level not in sparse.pairs:
+            sparse.pairs[self.level] = list(_find_pairs(sparse.indices))
+        x = sparse.features
+        weight, centre = self.weight.to(x.dtype), len(self.weight) // 2
+        out = torch.addmm(self.bias.to(x.dtype), x, weight[centre])
+        for tap, (rows, reads) in enumerate(sparse.pairs[self.level]):
+            if tap != centre:
+                out.index_add_(0, rows, x[reads] @ weight[tap])
+        return sparse.replace_feature(out)
+
+
+def _find_pairs(indices):
+    def key(voxel):
+        return voxel[:, 0] << 48 | (voxel[:, 1:] + 1) @ torch.tensor([1 << 32, 1 << 16, 1])
+
+    voxels = indices.long()
+    keys, order = torch.sort(key(voxels))
+    steps = torch.cartesian_prod(*[torch.arange(-1, 2)] * 3)
+    for step in nn.functional.pad(steps, (1, 0)):
+        wanted = key(voxels + step)
+        at = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+        rows = torch.nonzero(keys[at] == wanted)[:, 0]
+        yield rows, order[at[rows]]
+
+
+class DropPath(nn.Module):
+    def __init__(self, share):
+        super().__init__()
+        self.kept = 1.0 - share
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (x.new_empty(len(x), 1).bernoulli_(self.kept) / self.kept)
+
+
+def _attention(qkv, starts, max_seqlen, dropout_p, softmax_scale):
+    """Patches of one length that follow one another go together."""
+    lengths = np.diff(starts.numpy())
+    runs = [(n, len(list(same))) for n, same in itertools.groupby(lengths)]
+    out = []
+    for part, (n, count) in zip(qkv.split([n * count for n, count in runs]), runs, strict=True):
+        q, k, v = part.reshape(count, n, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
+        product = nn.functional.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+        out.append(product.transpose(1, 2).reshape(-1, *qkv.shape[2:]))
+    return torch.cat(out)
+
+
+def _segment(x, pointers, reduce):
+    return torch.segment_reduce(x.float(), reduce, offsets=pointers).to(x.dtype)
+
+
+def _stand_ins():
+    """Modules that the released code imports, by name."""
+
+    def module(name, **names):
+        made = types.ModuleType(name)
+        vars(made).update(names)
+        return made
+
+    modules = module("modules", is_spconv_module=lambda layer: isinstance(layer, SubMConv3d))
+    sparse = dict(SparseConvTensor=SparseConvTensor, SubMConv3d=SubMConv3d, modules=modules)
+    pytorch = module("spconv.pytorch", **sparse)
+    return {
+        "spconv": module("spconv", pytorch=pytorch),
+        "spconv.pytorch": pytorch,
+        "flash_attn": module("flash_attn", flash_attn_varlen_qkvpacked_func=_attention),
+        "torch_scatter": module("torch_scatter", segment_csr=_segment),
+        "timm": module("timm"),
+        "timm.layers": module("timm.layers", DropPath=DropPath),
+        "huggingface_hub": module(
+            "huggingface_hub", hf_hub_download=None, PyTorchModelHubMixin=object
+        ),
+    }
+
+
+def _encoder(folder, **options):
+    """The base encoder of the code at `folder`."""
+    sys.modules.update(_stand_ins())
+    sonata = types.ModuleType("sonata")  # without what its own imports besides
+    sonata.__path__ = [str(Path(folder).resolve() / "sonata")]
+    sys.modules["sonata"] = sonata
+    from sonata.model import PointTransformerV3
+
+    setattr(torch.Tensor, "half", lambda x: x)  # noqa: B010  CUDA's attention takes no float32
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    return PointTransformerV3(in_channels=9, order=ORDERS, enc_mode=True, **options)
+
+
+def forward(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
+    """A forward pass without gradients; orders, tables and clusters are made in it."""
+    network = _encoder(folder, shuffle_orders=False, drop_path=0.0).eval()
+    given = _point(cloud, torch.arange(len(cloud.grid)), [len(cloud.grid)])
+
+    def call():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=dtype == "bfloat16"):
+            network(dict(given))
+
+    return call
+
+
+def _point(cloud, rows, counts):
+    """What the encoder is given: some voxels of a cloud, as clouds of so many each."""
+    features = torch.from_numpy(cloud.features)[rows]
+    return {
+        "feat": features,
+        "coord": features[:, :3],
+        "grid_coord": torch.from_numpy(cloud.grid)[rows],
+        "offset": torch.tensor(counts).cumsum(0),
+    }
+
+
+class _Head(nn.Module):
+    """Scores of prototypes: both of unit length."""
+
+    def __init__(self, channels, hidden=4096, embed=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, embed))
+        self.prototypes = nn.Linear(embed, PROTOTYPES, bias=False)
+
+    def forward(self, x):
+        unit = nn.functional.normalize
+        return unit(self.mlp(x), dim=-1) @ unit(self.prototypes.weight, dim=-1).T
+
+
+def _up_cast(point, levels=2):
+    """Features of every level, carried up to the one `levels` above the last."""
+    for _ in range(levels):
+        parent = point.pooling_parent
+        parent.feat = torch.cat([parent.feat, point.feat[point.pooling_inverse]], -1)
+        point = parent
+    return point
+
+
+@torch.no_grad()
+def _sinkhorn(scores):
+    share = torch.exp(scores.float() / TEACHER_TEMPERATURE)
+    share /= share.sum()
+    for _ in range(SINKHORN_STEPS):
+        share /= share.sum(0, keepdim=True) * PROTOTYPES
+        share /= share.sum(1, keepdim=True) * len(share)
+    return share * len(share)
+
+
+def step(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
+    """A training step of Sonata: two heads, three losses, clipping, AdamW, the moving average.
+
+    The teacher sees two crops of 8,000 voxels, the student the same with half of the points masked,
+    and four of 3,000. They are the same crops in every step, and matches are drawn at random, both
+    made before: making views, masks and matches is in our step and not in this one.
+    """
+    backbone = _encoder(folder, mask_token=True, drop_path=0.3)
+    channels = 192 + 384 + 512
+    parts = {"backbone": backbone, "mask": _Head(channels), "unmask": _Head(channels)}
+    student = nn.ModuleDict(parts).train()
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04, fused=True)
+    large, small = (_crops(cloud, counts) for counts in (GLOBAL, LOCAL))
+    masked = large | {"mask": torch.rand(sum(GLOBAL)) < MASKED}
+    matches = {}  # of each loss, as soon as it is known how many points there are
+
+    def compare(name, scores, targets):
+        if name not in matches:
+            matches[name] = torch.randint(len(targets), (len(scores),))
+        likely = nn.functional.log_softmax(scores.float() / STUDENT_TEMPERATURE, -1)
+        return -(_sinkhorn(targets[matches[name]]) * likely).sum(-1).mean()
+
+    def call():
+        with torch.autocast("cpu", enabled=dtype == "bfloat16"):
+            with torch.no_grad():
+                seen = _up_cast(teacher["backbone"](dict(large))).feat
+                targets = {head: teacher[head](seen) for head in ("mask", "unmask")}
+            scores = student["mask"](_up_cast(backbone(dict(masked))).feat)
+            loss = compare("mask", scores, targets["mask"])
+            loss = loss + compare("roll", scores, targets["mask"])
+            scores = student["unmask"](_up_cast(backbone(dict(small))).feat)
+            loss = loss + 2 * compare("unmask", scores, targets["unmask"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            pairs = zip(teacher.parameters(), student.parameters(), strict=True)
+            for average, new in pairs:
+                average.lerp_(new, 1.0 - MOMENTUM)
+
+    return call
+
+
+def _crops(cloud, counts):
+    """The voxels nearest to points drawn at random."""
+    points = torch.from_numpy(cloud.features[:, :3])
+    rows = []
+    for count in counts:
+        centre = points[torch.randint(len(points), ())]
+        rows.append((points - centre).square().sum(-1).topk(count, largest=False).indices)
+    return _point(cloud, torch.cat(rows), counts)
