@@ -10,7 +10,7 @@ import itertools
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,9 @@ from torch import nn
 from point_jax.measure.inputs import Input
 
 ORDERS = ("z", "z-trans", "hilbert", "hilbert-trans")
-GLOBAL, LOCAL = (8000, 8000), (3000, 3000, 3000, 3000)
 PROTOTYPES, SINKHORN_STEPS = 4096, 3
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.07
-MASKED, MOMENTUM, CLIP = 0.5, 0.994, 3.0
+MOMENTUM, CLIP = 0.994, 3.0
 
 
 class SparseConvTensor:
@@ -138,7 +137,7 @@ def _encoder(folder, **options):
 def forward(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
     """A forward pass without gradients; orders, tables and clusters are made in it."""
     network = _encoder(folder, shuffle_orders=False, drop_path=0.0).eval()
-    given = _point(cloud, torch.arange(len(cloud.grid)), [len(cloud.grid)])
+    given = _point(cloud.grid, cloud.features, [len(cloud.grid)])
 
     def call():
         with torch.inference_mode(), torch.autocast("cpu", enabled=dtype == "bfloat16"):
@@ -147,13 +146,13 @@ def forward(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
     return call
 
 
-def _point(cloud, rows, counts):
-    """What the encoder is given: some voxels of a cloud, as clouds of so many each."""
-    features = torch.from_numpy(cloud.features)[rows]
+def _point(grid, features, counts):
+    """What the encoder is given: clouds of so many voxels each."""
+    features = torch.tensor(features)
     return {
         "feat": features,
         "coord": features[:, :3],
-        "grid_coord": torch.from_numpy(cloud.grid)[rows],
+        "grid_coord": torch.tensor(grid),
         "offset": torch.tensor(counts).cumsum(0),
     }
 
@@ -190,12 +189,19 @@ def _sinkhorn(scores):
     return share * len(share)
 
 
-def step(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
+Views = dict[str, np.ndarray]  # grid (n, 3), features (n, 9), mask (n,), counts (clouds,)
+
+
+def step(
+    views: Sequence[tuple[Views, Views, Views]], dtype: str, folder: Path
+) -> Callable[[], None]:
     """A training step of Sonata: two heads, three losses, clipping, AdamW, the moving average.
 
-    The teacher sees two crops of 8,000 voxels, the student the same with half of the points masked,
-    and four of 3,000. They are the same crops in every step, and matches are drawn at random, both
-    made before: making views, masks and matches is in our step and not in this one.
+    Args:
+      views: what the teacher sees, the same masked, and the small ones, for every call. Making them
+        is not in the step, and matches are drawn at random.
+      dtype: of the products.
+      folder: of the released code.
     """
     backbone = _encoder(folder, mask_token=True, drop_path=0.3)
     channels = 192 + 384 + 512
@@ -203,26 +209,24 @@ def step(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
     student = nn.ModuleDict(parts).train()
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04, fused=True)
-    large, small = (_crops(cloud, counts) for counts in (GLOBAL, LOCAL))
-    masked = large | {"mask": torch.rand(sum(GLOBAL)) < MASKED}
-    matches = {}  # of each loss, as soon as it is known how many points there are
+    points = iter([[_view(view) for view in sides] for sides in views])
 
-    def compare(name, scores, targets):
-        if name not in matches:
-            matches[name] = torch.randint(len(targets), (len(scores),))
+    def compare(scores, targets):
+        match = torch.randint(len(targets), (len(scores),))
         likely = nn.functional.log_softmax(scores.float() / STUDENT_TEMPERATURE, -1)
-        return -(_sinkhorn(targets[matches[name]]) * likely).sum(-1).mean()
+        return -(_sinkhorn(targets[match]) * likely).sum(-1).mean()
 
     def call():
+        large, masked, small = next(points)
         with torch.autocast("cpu", enabled=dtype == "bfloat16"):
             with torch.no_grad():
-                seen = _up_cast(teacher["backbone"](dict(large))).feat
+                seen = _up_cast(teacher["backbone"](large)).feat
                 targets = {head: teacher[head](seen) for head in ("mask", "unmask")}
-            scores = student["mask"](_up_cast(backbone(dict(masked))).feat)
-            loss = compare("mask", scores, targets["mask"])
-            loss = loss + compare("roll", scores, targets["mask"])
-            scores = student["unmask"](_up_cast(backbone(dict(small))).feat)
-            loss = loss + 2 * compare("unmask", scores, targets["unmask"])
+            scores = student["mask"](_up_cast(backbone(masked)).feat)
+            loss = compare(scores, targets["mask"])  # the same view
+            loss = loss + compare(scores, targets["mask"])  # the other one
+            scores = student["unmask"](_up_cast(backbone(small)).feat)
+            loss = loss + 2 * compare(scores, targets["unmask"])
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
@@ -235,11 +239,6 @@ def step(cloud: Input, dtype: str, folder: Path) -> Callable[[], None]:
     return call
 
 
-def _crops(cloud, counts):
-    """The voxels nearest to points drawn at random."""
-    points = torch.from_numpy(cloud.features[:, :3])
-    rows = []
-    for count in counts:
-        centre = points[torch.randint(len(points), ())]
-        rows.append((points - centre).square().sum(-1).topk(count, largest=False).indices)
-    return _point(cloud, torch.cat(rows), counts)
+def _view(view):
+    point = _point(view["grid"], view["features"], view["counts"])
+    return point | {"mask": torch.tensor(view["mask"])}
