@@ -28,8 +28,8 @@ the growth of the process's resident set, which starts with parameters and input
 other warm-up calls and the timed ones run, each until its results are ready (median, min); one more
 runs under the profiler, for the parts. GFLOP needed are those of real points, without padding. A
 product of two matrices of 2,048 x 2,048 (accelerators: 8,192) is timed before and after all, and
-between the timed calls; on CPUs before and after all also how long two cores take to read what the
-other wrote, which changes while a virtual machine's cores are moved.
+between the timed calls; on CPUs, before and after all, also how fast two cores read what the other
+wrote, which changes when a virtual machine's cores are moved.
 docs/benchmark.md says what every number means.
 """
 

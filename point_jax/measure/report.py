@@ -13,7 +13,7 @@ def calibration_text(when: str, about: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{dtype} {speed * 1e-9:.1f} GFLOP/s" for dtype, speed in speeds)
     exchange = about["exchange_s"].get(when)
     if exchange is not None:
-        listed += f", exchange between cores {exchange * 1e6:.1f} us"
+        listed += f", two cores exchange 4 MB in {exchange * 1e6:.0f} us"
     where = f"{about['platform']} ({about['device_kind']}), {about['devices']} device(s)"
     machine = f"; {where}, {about['cores']} cores, jax {about['versions']['jax']}"
     return f"matrix product {when}: {listed}{machine if when == 'before' else ''}"
