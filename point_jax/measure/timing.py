@@ -64,10 +64,10 @@ def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
 
 
 def exchange_time() -> Callable[[], float]:
-    """A function that says in how many seconds two cores read what the other one wrote, 4 MB in all.
+    """A function that says in how many seconds two cores read 4 MB that the other one wrote.
 
-    A loop turns an array around: a kernel in two halves, one a core, and either reads what the other
-    half was. Where a virtual machine's cores are moved apart, to where they share no cache, a turn
+    A loop turns an array around: a kernel in two halves, one a core, and either reads what the
+    other half was. Where a virtual machine's cores are moved apart, to where they share no cache, a turn
     takes four times as long (80 and 310 us) and short kernels twice, while products of large
     matrices feel nothing.
     """
