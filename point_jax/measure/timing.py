@@ -67,8 +67,8 @@ def exchange_time() -> Callable[[], float]:
     """A function that says in how many seconds two cores read 4 MB that the other one wrote.
 
     A loop turns an array around: a kernel in two halves, one a core, and either reads what the
-    other half was. Where a virtual machine's cores are moved apart, to where they share no cache, a turn
-    takes four times as long (80 and 310 us) and short kernels twice, while products of large
+    other half was. Where a virtual machine's cores are moved apart, to where they share no cache, a
+    turn takes four times as long (80 and 310 us) and short kernels twice, while products of large
     matrices feel nothing.
     """
     array = jnp.ones(_EXCHANGED, jnp.float32)
