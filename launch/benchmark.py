@@ -28,8 +28,8 @@ the growth of the process's resident set, which starts with parameters and input
 other warm-up calls and the timed ones run, each until its results are ready (median, min); one more
 runs under the profiler, for the parts. GFLOP needed are those of real points, without padding. A
 product of two matrices of 2,048 x 2,048 (accelerators: 8,192) is timed before and after all, and
-between the timed calls; on CPUs, before and after all, also how fast two cores read what the other
-wrote, which changes when a virtual machine's cores are moved.
+between the timed calls; on CPUs between these also how fast the cores pass on what they wrote,
+which changes when a virtual machine's are moved.
 docs/benchmark.md says what every number means.
 """
 
@@ -54,7 +54,7 @@ from point_jax.measure.inputs import Input, file_input, room_input
 from point_jax.measure.report import calibration_text, record_text
 from point_jax.measure.room import SMALLEST
 from point_jax.measure.runs import measure
-from point_jax.measure.timing import exchange_time, machine_speed
+from point_jax.measure.timing import machine_speed
 from point_jax.objectives.settings import sonata_spec
 from point_jax.training import config as config_lib
 from point_jax.training.config import Config, ConfigError
@@ -166,7 +166,6 @@ def environment() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": config_lib.package_versions(),
         "calibration": {},
-        "exchange_s": {},
     }
 
 
@@ -180,8 +179,6 @@ def main(argv: Sequence[str]) -> int:
 
     def calibration(when: str) -> None:
         about["calibration"][when] = {dtype: machine_speed(dtype)() for dtype in dtypes}
-        if about["platform"] == "cpu" and about["cores"] > 1:
-            about["exchange_s"][when] = exchange_time()()
         print(calibration_text(when, about), flush=True)
 
     calibration("before")

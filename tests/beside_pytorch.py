@@ -70,13 +70,15 @@ def drawn_views(cloud, given, steps):
 
     from launch.objectives import outlined
     from point_jax.measure.programs import scene_arrays, scene_key
+    from point_jax.objectives.rows import SIDES as SIDES_OF_STUDENT
+    from point_jax.objectives.rows import student
     from point_jax.training.schedules import sonata_schedule
 
     _, config = read_config(given)
     objective, total = outlined(config), config.train.steps
     schedule = sonata_schedule(config, total)(total // 2)
     scenes = {name: np.asarray(array)[None] for name, array in scene_arrays(cloud).items()}
-    prepare = jax.jit(lambda *given: objective.prepare(*given)[0])
+    prepare = jax.jit(lambda *arguments: objective.prepare(*arguments)[0])
 
     def read(views):
         used = int(views.used)
@@ -88,8 +90,8 @@ def drawn_views(cloud, given, steps):
     for step in range(steps):
         key = scene_key(jax.random.key(config.seed), step, 0)
         row = prepare(scenes, key, schedule)
-        students = (jax.tree.map(lambda x, i=i: x[i], row.students) for i in range(2))
-        found.append(tuple(read(views) for views in (row.teacher, *students)))
+        students = (student(row, side) for side in SIDES_OF_STUDENT)
+        found.append([read(views) for views in (row.teacher, *students)])
     return found
 
 
@@ -115,9 +117,10 @@ def seconds(call):
 
 def measure(given):
     """What a child finds: seconds of each call, and FLOP/s."""
-    from point_jax.measure.inputs import file_input
+    from point_jax.measure.inputs import Input
 
-    cloud = file_input(given.input, GRID_SIZE)
+    with np.load(given.input) as arrays:
+        cloud = Input(given.input.stem, **arrays)
     call, speed = (pytorch_call if given.side == "pytorch" else jax_call)(cloud, given)
     taken = [seconds(call) for _ in range(WARM + given.calls)][WARM:]
     return {"seconds": taken, "speed": speed()}
@@ -128,8 +131,7 @@ def in_turn(cloud, given):
     found = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "cloud.npz"
-        arrays = dict(coord=cloud.coord, color=cloud.color, normal=cloud.normal)
-        np.savez(file, grid_coord=cloud.grid, **arrays)
+        np.savez(file, **{name: x for name, x in vars(cloud).items() if name != "name"})
         env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": folder}
         for _ in range(given.rounds):
             for side in SIDES:

@@ -19,6 +19,7 @@ from torch import nn
 
 from point_jax.measure.inputs import Input
 
+# Of Sonata's configuration, as configs/sonata.py:base has it.
 ORDERS = ("z", "z-trans", "hilbert", "hilbert-trans")
 PROTOTYPES, SINKHORN_STEPS = 4096, 3
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.07
@@ -36,37 +37,66 @@ class SparseConvTensor:
         return SparseConvTensor(features, self.indices, *self.shape, self.pairs)
 
 
+class Correlation(torch.autograd.Function):
+    """The sum over taps, with a backward pass that makes each tap's part of the gradient once."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # where autocast is on
+    def forward(ctx, x, weight, bias, pairs):
+        ctx.save_for_backward(x, weight)
+        ctx.pairs = pairs
+        out = torch.addmm(bias, x, weight[len(weight) // 2])
+        for tap, rows, reads in pairs:
+            out.index_add_(0, rows, x.index_select(0, reads) @ weight[tap])
+        return out
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        centre, of_weight = len(weight) // 2, torch.zeros_like(weight)
+        grad = g @ weight[centre].T
+        torch.mm(x.T, g, out=of_weight[centre])
+        for tap, rows, reads in ctx.pairs:
+            slope = g.index_select(0, rows)
+            grad.index_add_(0, reads, slope @ weight[tap].T)
+            torch.mm(x.index_select(0, reads).T, slope, out=of_weight[tap])
+        return grad, of_weight, g.sum(0), None
+
+
 class SubMConv3d(nn.Module):
     def __init__(self, inputs, outputs, kernel_size, bias, indice_key):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel_size**3, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(outputs))
         self.level = indice_key
 
     def forward(self, sparse):
         if self.level not in sparse.pairs:
-            sparse.pairs[self.level] = list(_find_pairs(sparse.indices))
-        x = sparse.features
-        weight, centre = self.weight.to(x.dtype), len(self.weight) // 2
-        out = torch.addmm(self.bias.to(x.dtype), x, weight[centre])
-        for tap, (rows, reads) in enumerate(sparse.pairs[self.level]):
-            if tap != centre:
-                out.index_add_(0, rows, x[reads] @ weight[tap])
-        return sparse.replace_feature(out)
+            sparse.pairs[self.level] = _find_pairs(sparse.indices)
+        pairs = sparse.pairs[self.level]
+        return sparse.replace_feature(
+            Correlation.apply(sparse.features, self.weight, self.bias, pairs)
+        )
 
 
 def _find_pairs(indices):
+    """(tap, rows, the rows that these read) of all taps but the centre."""
+
     def key(voxel):
         return voxel[:, 0] << 48 | (voxel[:, 1:] + 1) @ torch.tensor([1 << 32, 1 << 16, 1])
 
     voxels = indices.long()
     keys, order = torch.sort(key(voxels))
-    steps = torch.cartesian_prod(*[torch.arange(-1, 2)] * 3)
-    for step in nn.functional.pad(steps, (1, 0)):
+    steps = nn.functional.pad(torch.cartesian_prod(*[torch.arange(-1, 2)] * 3), (1, 0))
+    found = []
+    for tap, step in enumerate(steps):
         wanted = key(voxels + step)
         at = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         rows = torch.nonzero(keys[at] == wanted)[:, 0]
-        yield rows, order[at[rows]]
+        if tap != len(steps) // 2:
+            found.append((tap, rows, order[at[rows]]))
+    return found
 
 
 class DropPath(nn.Module):
@@ -189,17 +219,15 @@ def _sinkhorn(scores):
     return share * len(share)
 
 
-Views = dict[str, np.ndarray]  # grid (n, 3), features (n, 9), mask (n,), counts (clouds,)
-
-
 def step(
-    views: Sequence[tuple[Views, Views, Views]], dtype: str, folder: Path
+    views: Sequence[Sequence[dict[str, np.ndarray]]], dtype: str, folder: Path
 ) -> Callable[[], None]:
     """A training step of Sonata: two heads, three losses, clipping, AdamW, the moving average.
 
     Args:
-      views: what the teacher sees, the same masked, and the small ones, for every call. Making them
-        is not in the step, and matches are drawn at random.
+      views: for every call what the teacher sees, the same masked, and the small ones: grid (n, 3),
+        features (n, 9), mask (n,), counts of the clouds. Making them is not in the step, and
+        matches are drawn at random.
       dtype: of the products.
       folder: of the released code.
     """
@@ -207,7 +235,7 @@ def step(
     channels = 192 + 384 + 512
     parts = {"backbone": backbone, "mask": _Head(channels), "unmask": _Head(channels)}
     student = nn.ModuleDict(parts).train()
-    teacher = copy.deepcopy(student).requires_grad_(False)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, weight_decay=0.04, fused=True)
     points = iter([[_view(view) for view in sides] for sides in views])
 

@@ -26,7 +26,7 @@ def planned(times: int) -> contextlib.AbstractContextManager[object]:
 def blocks_of(count: jax.Array, size: int | jax.Array) -> jax.Array:
     """How many blocks of `size` hold `count` rows; int32, neither is negative.
 
-    `//` would round towards minus infinity: more instructions, in every loop of a program.
+    `//` would round towards minus infinity, which takes more instructions.
     """
     return jax.lax.div(count + (size - 1), jnp.int32(size))
 

@@ -8,12 +8,9 @@ _FLOP = ("flop_needed", "flop_done")
 
 
 def calibration_text(when: str, about: Mapping[str, Any]) -> str:
-    """One line: the machine's speed before or after the runs, and what it is."""
+    """One line: the speed of a matrix product before or after the runs, and on what."""
     speeds = about["calibration"][when].items()
     listed = ", ".join(f"{dtype} {speed * 1e-9:.1f} GFLOP/s" for dtype, speed in speeds)
-    exchange = about["exchange_s"].get(when)
-    if exchange is not None:
-        listed += f", two cores exchange 4 MB in {exchange * 1e6:.0f} us"
     where = f"{about['platform']} ({about['device_kind']}), {about['devices']} device(s)"
     machine = f"; {where}, {about['cores']} cores, jax {about['versions']['jax']}"
     return f"matrix product {when}: {listed}{machine if when == 'before' else ''}"
@@ -27,6 +24,9 @@ def record_text(record: Mapping[str, Any]) -> str:
         f"{name} {_megabytes(memory[f'{name}_bytes'])}"
         for name in ("temp", "argument", "output", "alias")
     )
+    exchange = ""
+    if record["exchange_s"]:
+        exchange = f", its cores exchange 4 MB in {record['exchange_s'] * 1e6:.0f} us"
     lines = [
         "",
         f"{record['what']}, {record['input']}: {record['points']:,} points, {record['dtype']}, "
@@ -36,7 +36,8 @@ def record_text(record: Mapping[str, Any]) -> str:
         f"second start {record['second_start_s']:.2f} s",
         f"  median {record['median_s']:.4g} s, min {record['min_s']:.4g} s, max {spread:.4g} s of "
         f"{len(record['times_s'])}; {record['points_per_s']:,.0f} points/s",
-        f"  meanwhile the machine could multiply {record['machine_flop'] * 1e-9:,.1f} GFLOP",
+        f"  meanwhile the machine could multiply {record['machine_flop'] * 1e-9:,.1f} GFLOP"
+        f"{exchange}",
         f"  peak memory {_megabytes(memory['peak_bytes'])} ({memory['how']}) above "
         f"{_megabytes(memory['parameter_bytes'])} of parameters",
         f"  planned by XLA: {planned}",

@@ -15,7 +15,14 @@ from point_jax.measure.breakdown import IDLE, read_events, record, sweep
 from point_jax.measure.memory import measure_peak
 from point_jax.measure.parts import DIRECTIONS, OTHER, PARTS, Place, instructions, module_name
 from point_jax.measure.programs import Program
-from point_jax.measure.timing import cache_in, machine_speed, make, seconds, start_kept
+from point_jax.measure.timing import (
+    cache_in,
+    exchange_time,
+    machine_speed,
+    make,
+    seconds,
+    start_kept,
+)
 from point_jax.measure.work import Work
 
 Record = dict[str, Any]
@@ -78,10 +85,12 @@ def measure(
             seconds(call)
         first = call.calls
         # The machine's speed drifts: it is measured between all calls.
-        speed = machine_speed("float32")
-        times, speeds = [], [speed()]
+        speed, exchange = machine_speed("float32"), exchange_time()
+        times, speeds, exchanges = [], [speed()], []
         for _ in range(repeats):
             times.append(seconds(call)[1])
+            if exchange:
+                exchanges.append(exchange())
             speeds.append(speed())
         timed = range(first, call.calls)
         if jax.local_devices()[0].platform == "gpu":
@@ -107,6 +116,7 @@ def measure(
         "median_s": float(np.median(times)),
         "min_s": min(times),
         "machine_flop": machine,
+        "exchange_s": float(np.median(exchanges)) if exchanges else None,
         "machine_share": needed / machine if needed else None,
         "points_per_s": program.points / float(np.median(times)),
         "memory": _memory(made.compiled)

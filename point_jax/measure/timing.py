@@ -16,7 +16,7 @@ from point_jax.training import programs
 # Edge of the matrices: a product that takes longer than its start.
 CALIBRATION, _ON_ACCELERATORS = 2048, 8192
 _TRIES = 5
-# Of `exchange_time`: float32 numbers that XLA cuts in two for two cores, and how often they turn.
+# Of `exchange_time`: float32 numbers that XLA shares out to cores, and how often they turn.
 _EXCHANGED, _TURNS = 1 << 20, 64
 
 # A program of another process may be the same but for the names of its scopes.
@@ -63,14 +63,16 @@ def machine_speed(dtype: str, size: int | None = None) -> Callable[[], float]:
     )
 
 
-def exchange_time() -> Callable[[], float]:
-    """A function that says in how many seconds two cores read 4 MB that the other one wrote.
+def exchange_time() -> Callable[[], float] | None:
+    """A function that says in how many seconds CPU cores pass 4 MB on; None on accelerators.
 
-    A loop turns an array around: a kernel in two halves, one a core, and either reads what the
-    other half was. Where a virtual machine's cores are moved apart, to where they share no cache, a
-    turn takes four times as long (80 and 310 us) and short kernels twice, while products of large
-    matrices feel nothing.
+    A loop turns an array around, in parts of one core each, and copies it, in one core: most of
+    what a core reads another one wrote. Where a virtual machine's cores are moved apart, to where
+    they share no cache, a turn takes four times as long (80 and 310 us) and short kernels twice,
+    while products of large matrices feel nothing.
     """
+    if jax.default_backend() != "cpu":
+        return None
     array = jnp.ones(_EXCHANGED, jnp.float32)
 
     def turn(_, x):
