@@ -67,9 +67,9 @@ def exchange_time() -> Callable[[], float] | None:
     """A function that says in how many seconds CPU cores pass 4 MB on; None on accelerators.
 
     A loop turns an array around, in parts of one core each, and copies it, in one core: most of
-    what a core reads another one wrote. Where a virtual machine's cores are moved apart, to where
-    they share no cache, a turn takes four times as long (80 and 310 us) and short kernels twice,
-    while products of large matrices feel nothing.
+    what a core reads another one wrote. Where a virtual machine's cores are moved apart a turn
+    takes four times as long (80 and 310 us) and short kernels twice, while products of large
+    matrices feel nothing.
     """
     if jax.default_backend() != "cpu":
         return None
