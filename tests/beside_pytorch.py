@@ -69,14 +69,12 @@ def drawn_views(cloud, given, steps):
     import jax
 
     from launch.objectives import outlined
-    from point_jax.measure.programs import scene_arrays, scene_key
+    from point_jax.measure.programs import middle_schedule, scene_arrays, scene_key
     from point_jax.objectives.rows import SIDES as SIDES_OF_STUDENT
     from point_jax.objectives.rows import student
-    from point_jax.training.schedules import sonata_schedule
 
     _, config = read_config(given)
-    objective, total = outlined(config), config.train.steps
-    schedule = sonata_schedule(config, total)(total // 2)
+    objective, schedule = outlined(config), middle_schedule(config)
     scenes = {name: np.asarray(array)[None] for name, array in scene_arrays(cloud).items()}
     prepare = jax.jit(lambda *arguments: objective.prepare(*arguments)[0])
 

@@ -151,8 +151,7 @@ def train(objective: Sonata | Concerto, config: Config, batch: int, cloud: Input
         one |= image_arrays(objective, config.data, cloud.coord)
         images = image_work(objective, shapes["teacher"], one)
     scenes = {name: np.stack([array] * batch) for name, array in one.items()}
-    scheduled = sonata_schedule(config, config.train.steps)(config.train.steps // 2)
-    schedule = {name: np.float32(value) for name, value in scheduled.items()}
+    schedule = middle_schedule(config)
 
     def work(steps: Sequence[int]) -> dict[str, Work]:
         """The views of a step are a function of its number: they are made again and counted."""
@@ -177,6 +176,13 @@ def train(objective: Sonata | Concerto, config: Config, batch: int, cloud: Input
             *(config.mesh.to_dict(), dict(mesh.shape)),
         ),
     )
+
+
+def middle_schedule(config: Config) -> dict[str, np.float32]:
+    """The scheduled values of a step in the middle of the run."""
+    steps = config.train.steps
+    values = sonata_schedule(config, steps)(steps // 2)
+    return {name: np.float32(value) for name, value in values.items()}
 
 
 def scene_key(key: jax.Array, step: int, slot: int) -> jax.Array:
