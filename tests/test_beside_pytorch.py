@@ -1,51 +1,79 @@
-"""The stand-ins that PyTorch's encoder is timed with (needs PyTorch)."""
+"""The convolution that PyTorch's encoder is timed with (needs PyTorch, which is an extra)."""
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-from pytorch_sonata import SparseConvTensor, SubMConv3d  # noqa: E402
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+pytorch_sonata = pytest.importorskip("pytorch_sonata")
 
 GRID = 5
 
 
-@pytest.fixture
-def sparse():
-    """Two clouds of 40 voxels of a grid, in any order, two channels."""
-    draw = np.random.default_rng(0)
-    voxels = np.concatenate(
-        [
-            np.stack([np.full(40, cloud), *np.unravel_index(places, (GRID,) * 3)], axis=1)
-            for cloud in range(2)
-            for places in [draw.permutation(GRID**3)[:40]]
-        ]
-    )
-    features = torch.tensor(draw.normal(size=(80, 2)), requires_grad=True)
-    return SparseConvTensor(features, torch.tensor(voxels, dtype=torch.int32), [GRID] * 3, 2)
+def sparse(each, voxels, seed=0):
+    """Two clouds of so many points, on as many different voxels of a grid, in any order."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for cloud in range(2):
+        known = draw.permutation(GRID**3)[:voxels]
+        places = np.concatenate([known, draw.choice(known, each - voxels)])
+        at = np.unravel_index(draw.permutation(places), (GRID,) * 3)
+        rows.append(np.stack([np.full(each, cloud), *at], axis=1))
+    features = torch.tensor(draw.normal(size=(2 * each, 2)), requires_grad=True)
+    voxels = torch.tensor(np.concatenate(rows), dtype=torch.int32)
+    return pytorch_sonata.SparseConvTensor(features, voxels, [GRID] * 3, 2)
 
 
 @pytest.fixture
 def layer():
+    return make("level0")
+
+
+def make(level):
     torch.manual_seed(0)
-    made = SubMConv3d(2, 3, 3, bias=True, indice_key="level").double()
+    made = pytorch_sonata.SubMConv3d(2, 3, 3, bias=True, indice_key=level).double()
     for values in made.parameters():
         torch.nn.init.normal_(values)
     return made
 
 
-def test_the_convolution_is_a_dense_one_read_at_the_voxels(sparse, layer):
+def dense(layer, sparse):
+    """What PyTorch's convolution of a grid has at the voxels."""
     cloud, *at = sparse.indices.long().T
-    dense = torch.zeros(2, 2, GRID, GRID, GRID, dtype=torch.float64)
-    dense[cloud, :, *at] = sparse.features.detach()
+    grid = torch.zeros(2, 2, GRID, GRID, GRID, dtype=torch.float64)
+    grid[cloud, :, *at] = sparse.features.detach()
     kernel = layer.weight.detach().reshape(3, 3, 3, 2, 3).permute(4, 3, 0, 1, 2)
-    wanted = torch.nn.functional.conv3d(dense, kernel, layer.bias.detach(), padding=1)
-    torch.testing.assert_close(layer(sparse).features.detach(), wanted[cloud, :, *at])
+    found = torch.nn.functional.conv3d(grid, kernel, layer.bias.detach(), padding=1)
+    return found[cloud, :, *at]
 
 
-def test_its_gradients_are_those_of_finite_differences(sparse, layer):
+def test_it_is_a_dense_convolution_read_at_the_voxels(layer):
+    cloud = sparse(40, 40)
+    torch.testing.assert_close(layer(cloud).features.detach(), dense(layer, cloud))
+
+
+def test_every_level_has_pairs_of_its_own(layer):
+    cloud, other = sparse(40, 40), sparse(30, 30, seed=1)
+    other.pairs = layer(cloud).pairs  # as a coarser level of the same network
+    coarser = make("level1")
+    torch.testing.assert_close(coarser(other).features.detach(), dense(coarser, other))
+
+
+def test_in_bfloat16_only_rounding_differs(layer):
+    layer, cloud = layer.float(), sparse(40, 40)
+    plain = layer(cloud.replace_feature(cloud.features.float())).features
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = layer(cloud.replace_feature(cloud.features.float())).features
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), plain, atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("voxels", [40, 30], ids=["distinct", "shared"])
+def test_its_gradients_are_those_of_finite_differences(layer, voxels):
+    cloud = sparse(40, voxels)
+
     def run(features, weight, bias):
         parameters = {"weight": weight, "bias": bias}
-        replaced = sparse.replace_feature(features)
+        replaced = cloud.replace_feature(features)
         return torch.func.functional_call(layer, parameters, (replaced,)).features
 
-    assert torch.autograd.gradcheck(run, (sparse.features, *layer.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (cloud.features, *layer.parameters()), fast_mode=True)

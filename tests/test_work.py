@@ -226,6 +226,7 @@ def test_padding_of_the_last_block_is_done():
     assert conv_pairs.pairs_done((33, 0, 32), 64, 8) == (2 + 1) * 32
     assert conv_pairs.pairs_done((1, 129), 5000, 384) == (1 + 2) * 128
     assert conv_pairs.pairs_done((1, 33), 256, 384) == (1 + 2) * 32
+    assert conv_pairs.pairs_done((1, 33), 257, 384) == (1 + 1) * 128
     assert [points_done(300, used) for used in (0, 1, 300)] == [0, 256, 512]
     # four clouds and empty slots are told apart by 5 columns, which the scores have; one more adds
     # up the weights, or takes from scores and slopes what is known of each query
