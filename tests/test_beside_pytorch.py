@@ -9,7 +9,7 @@ pytorch_sonata = pytest.importorskip("pytorch_sonata")
 GRID = 5
 
 
-def sparse(each, voxels, seed=0):
+def clouds(each, voxels, seed=0):
     """Two clouds of so many points, on as many different voxels of a grid, in any order."""
     draw = np.random.default_rng(seed)
     rows = []
@@ -23,12 +23,8 @@ def sparse(each, voxels, seed=0):
     return pytorch_sonata.SparseConvTensor(features, voxels, [GRID] * 3, 2)
 
 
-@pytest.fixture
-def layer():
-    return make("level0")
-
-
-def make(level):
+def convolution(level="level0"):
+    """One of two to three channels, with random weights, at a level of the network."""
     torch.manual_seed(0)
     made = pytorch_sonata.SubMConv3d(2, 3, 3, bias=True, indice_key=level).double()
     for values in made.parameters():
@@ -46,20 +42,20 @@ def dense(layer, sparse):
     return found[cloud, :, *at]
 
 
-def test_it_is_a_dense_convolution_read_at_the_voxels(layer):
-    cloud = sparse(40, 40)
+def test_it_is_a_dense_convolution_read_at_the_voxels():
+    layer, cloud = convolution(), clouds(40, 40)
     torch.testing.assert_close(layer(cloud).features.detach(), dense(layer, cloud))
 
 
-def test_every_level_has_pairs_of_its_own(layer):
-    cloud, other = sparse(40, 40), sparse(30, 30, seed=1)
-    other.pairs = layer(cloud).pairs  # as a coarser level of the same network
-    coarser = make("level1")
+def test_every_level_has_pairs_of_its_own():
+    cloud, other = clouds(40, 40), clouds(30, 30, seed=1)
+    other.pairs = convolution()(cloud).pairs  # as a coarser level of the same network
+    coarser = convolution("level1")
     torch.testing.assert_close(coarser(other).features.detach(), dense(coarser, other))
 
 
-def test_in_bfloat16_only_rounding_differs(layer):
-    layer, cloud = layer.float(), sparse(40, 40)
+def test_in_bfloat16_only_rounding_differs():
+    layer, cloud = convolution().float(), clouds(40, 40)
     plain = layer(cloud.replace_feature(cloud.features.float())).features
     with torch.autocast("cpu", torch.bfloat16):
         rounded = layer(cloud.replace_feature(cloud.features.float())).features
@@ -68,8 +64,8 @@ def test_in_bfloat16_only_rounding_differs(layer):
 
 
 @pytest.mark.parametrize("voxels", [40, 30], ids=["distinct", "shared"])
-def test_its_gradients_are_those_of_finite_differences(layer, voxels):
-    cloud = sparse(40, voxels)
+def test_its_gradients_are_those_of_finite_differences(voxels):
+    layer, cloud = convolution(), clouds(40, voxels)
 
     def run(features, weight, bias):
         parameters = {"weight": weight, "bias": bias}
